@@ -1,0 +1,148 @@
+"""Host-side checks of the ops' arguments, shared by the fakes and the reference; the compiled kernels repeat them in C++.
+
+Every message names the argument, what was given and what is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from million_ops.layout import CENTROIDS, SUBSPACE_DIMS, layout_by_id
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _shape(name: str, x: Tensor, want: tuple[int | None, ...], says: str) -> None:
+    ok = x.ndim == len(want) and all(w is None or g == w for g, w in zip(x.shape, want))
+    shown = "[" + ", ".join("*" if w is None else str(w) for w in want) + "]"
+    _require(ok, f"{name} must be {says} {shown}, got {tuple(x.shape)}")
+
+
+def _dtype(name: str, x: Tensor, *want: torch.dtype) -> None:
+    _require(x.dtype in want, f"{name} must be {' or '.join(map(str, want))}, got {x.dtype}")
+
+
+def _device(name: str, x: Tensor, other: Tensor) -> None:
+    _require(x.device == other.device, f"{name} is on {x.device}, the other tensors on {other.device}")
+
+
+def _codebook(name: str, codebook: Tensor, heads: int | None, head_dim: int | None) -> None:
+    _shape(name, codebook, (heads, CENTROIDS, None, None), "[KV heads, centroids, subspaces, channels a subspace]")
+    _dtype(name, codebook, torch.float16)
+    S, d = codebook.shape[2:]
+    _require(d in SUBSPACE_DIMS, f"{name}: {d} channels a subspace, supported are {SUBSPACE_DIMS}")
+    _require(
+        head_dim is None or S * d == head_dim,
+        f"{name} covers {S} x {d} = {S * d} channels, but head_dim is {head_dim}",
+    )
+
+
+def check_encode(x: Tensor, codebook: Tensor) -> None:
+    """x [B, H, T, D] float against codebook [H, 256, S, d] fp16."""
+    _shape("x", x, (None, None, None, None), "[B, H, T, D]")
+    _dtype("x", x, *FLOATS)
+    _codebook("codebook", codebook, x.shape[1], x.shape[3])
+    _device("codebook", codebook, x)
+
+
+def check_decode(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> None:
+    """codes [B, H, T, S] uint8 against codebook [H, 256, S, d] fp16."""
+    _shape("codes", codes, (None, None, None, None), "[B, H, T, S]")
+    _dtype("codes", codes, torch.uint8)
+    _codebook("codebook", codebook, codes.shape[1], None)
+    _require(
+        codes.shape[3] == codebook.shape[2], f"codes have {codes.shape[3]} subspaces, the codebook {codebook.shape[2]}"
+    )
+    _require(dtype in FLOATS, f"dtype must be one of {FLOATS}, got {dtype}")
+    _device("codebook", codebook, codes)
+
+
+def _check_layer(
+    k, v, k_codebook, v_codebook, transform, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks, clock, start, origin,
+    offset, frame_tokens, k_layout, v_layout,
+) -> None:  # fmt: skip
+    _shape("k", k, (None, None, None, None), "[B, H, n, D]")
+    B, H, n, D = k.shape
+    _shape("v", v, (B, H, n, D), "shaped like k,")
+    _dtype("k", k, *FLOATS)
+    _dtype("v", v, k.dtype)
+    _require(n >= 1, "k holds no token (n = 0)")
+    _codebook("k_codebook", k_codebook, H, D)
+    _codebook("v_codebook", v_codebook, H, D)
+    if transform is not None:
+        _shape("k_transform", transform, (H, D, D), "[KV heads, D, D]")
+        _dtype("k_transform", transform, torch.float32)
+    if inv_freq is not None:
+        _require(
+            inv_freq.ndim == 1 and 0 < 2 * inv_freq.shape[0] <= D,
+            f"inv_freq must be [rotary dimensions / 2] with at most {D // 2} entries, got {tuple(inv_freq.shape)}",
+        )
+        _dtype("inv_freq", inv_freq, torch.float32)
+    for name, codes, codebook, layout_id in (
+        ("k_codes", k_codes, k_codebook, k_layout),
+        ("v_codes", v_codes, v_codebook, v_layout),
+    ):
+        layout = layout_by_id(layout_id)
+        _shape(name, codes, (B, H, None, layout.tile_tokens * codebook.shape[2]), f"packed as {layout.name}")
+        _dtype(name, codes, torch.uint8)
+        _require(codes.is_contiguous(), f"{name} must be contiguous, its strides are {codes.stride()}")
+    _shape("k_ring", k_ring, (B, H, None, D), "[B, H, recent tokens, D]")
+    _shape("v_ring", v_ring, tuple(k_ring.shape), "shaped like k_ring,")
+    _shape("k_sinks", k_sinks, (B, H, None, D), "[B, H, sink tokens, D]")
+    _shape("v_sinks", v_sinks, tuple(k_sinks.shape), "shaped like k_sinks,")
+    for name, x in (("k_ring", k_ring), ("v_ring", v_ring), ("k_sinks", k_sinks), ("v_sinks", v_sinks)):
+        _dtype(name, x, k.dtype)
+        _require(x.is_contiguous(), f"{name} must be contiguous, its strides are {x.stride()}")
+    _shape("clock", clock, (3,), "(past, total, ring_lo)")
+    _dtype("clock", clock, torch.int64)
+    for name, x in (("start", start), ("origin", origin)):
+        _shape(name, x, (B,), "[B]")
+        _dtype(name, x, torch.int32)
+    _require(offset >= 0, f"offset must not be negative, got {offset}")
+    _require(frame_tokens >= 0, f"frame_tokens must not be negative, got {frame_tokens}")
+    tensors = dict(
+        v=v, k_codebook=k_codebook, v_codebook=v_codebook, k_transform=transform, inv_freq=inv_freq, k_codes=k_codes, v_codes=v_codes,
+        k_ring=k_ring, v_ring=v_ring, k_sinks=k_sinks, v_sinks=v_sinks, clock=clock, start=start, origin=origin,
+    )  # fmt: skip
+    for name, x in tensors.items():
+        if x is not None:
+            _device(name, x, k)
+
+
+def check_append(
+    k, v, k_codebook, v_codebook, k_transform, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks, clock, start, origin,
+    offset, frame_tokens, rope_interleaved, k_layout, v_layout,
+) -> None:  # fmt: skip
+    """Arguments of `pq_append_`."""
+    _check_layer(
+        k, v, k_codebook, v_codebook, k_transform, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks, clock, start, origin,
+        offset, frame_tokens, k_layout, v_layout,
+    )  # fmt: skip
+
+
+def check_attention(
+    q, k, v, k_codebook, v_codebook, k_transform_inv, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks, clock, start, origin,
+    mask, scale, offset, frame_tokens, rope_interleaved, k_layout, v_layout,
+) -> None:  # fmt: skip
+    """Arguments of `pq_attention` and `pq_attention_lse`."""
+    _check_layer(
+        k, v, k_codebook, v_codebook, k_transform_inv, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks, clock, start, origin,
+        offset, frame_tokens, k_layout, v_layout,
+    )  # fmt: skip
+    B, H, n, D = k.shape
+    _shape("q", q, (B, None, n, D), "[B, query heads, n, D] with the B, n, D of k,")
+    _dtype("q", q, k.dtype)
+    _device("q", q, k)
+    _require(
+        q.shape[1] > 0 and q.shape[1] % H == 0, f"q has {q.shape[1]} heads, which is not a multiple of the {H} KV heads"
+    )
+    if mask is not None:
+        _shape("mask", mask, (B, 1, n, None), "[B, 1, n, slots]")
+        _dtype("mask", mask, torch.bool)
+        _device("mask", mask, k)
