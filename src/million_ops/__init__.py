@@ -1,7 +1,7 @@
 """PQ encode and PQ attention as ``torch.library`` custom ops. Importing touches no GPU and no transformers."""
 
 from million_ops import _loader, _schema  # noqa: F401  defines the ops, then loads what implements them
-from million_ops._loader import backends
+from million_ops._loader import backends, has_kernels
 from million_ops.layout import LAYOUTS, Layout, layout_by_id, layout_for, pack, unpack
 from million_ops.ops import pq_append_, pq_attention, pq_attention_lse, pq_decode, pq_encode
 from million_ops.reference import pq_dequantize
@@ -10,6 +10,7 @@ __all__ = [
     "LAYOUTS",
     "Layout",
     "backends",
+    "has_kernels",
     "layout_by_id",
     "layout_for",
     "pack",

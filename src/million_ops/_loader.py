@@ -9,5 +9,9 @@ for _name, _function in reference.IMPLEMENTATIONS.items():
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 
+def has_kernels(device_type: str) -> bool:
+    return False
+
+
 def backends() -> dict[str, str]:
     return {}

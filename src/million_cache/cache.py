@@ -1,0 +1,615 @@
+"""`MillionStaticCache`: a `StaticCache` whose full-attention layers hold product-quantised codes.
+
+Design: every buffer is allocated once and keeps its address; one device-side clock for all layers; every token is encoded at
+once and also written to a ring of recent tokens and to the sinks, so no step branches on a length, re-quantises or flushes.
+
+With the attention function of `million_cache.attention` (after `enable(model)`) `update` returns `KVHandle`s and the attention
+function attends and appends. With any other attention function `update` appends and returns dequantised keys and values:
+slow, but every model keeps working.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, StaticCache, StaticLayer
+
+import million_ops
+from million_cache.codebook import Codebooks, LayerCodebooks
+from million_cache.config import PQConfig
+from million_cache.models import (
+    Fingerprint,
+    check_length,
+    check_supported,
+    fingerprint,
+    full_attention_layers,
+    head_dim,
+    kv_heads,
+)
+
+ATTENTION = "million"  # the name under which the attention function is registered with transformers
+CROP_KEEPS = tuple(map(int, transformers.__version__.split(".")[:2])) < (
+    5,
+    17,
+)  # there crop(n > 0) means "keep n tokens"
+
+
+# Which models are enabled: id of the text config -> (the config, weakly; the model's fingerprint; its attention before).
+# Keyed by the config because that is all a cache is given, and kept outside of it because configs are saved to disk.
+_enabled: dict[int, tuple[weakref.ref, Fingerprint, str]] = {}
+
+
+def record_enabled(config: PreTrainedConfig, seen: Fingerprint, previous_attention: str) -> None:
+    """Remember that the model of this text config was enabled."""
+    key = id(config)
+    _enabled[key] = (weakref.ref(config, lambda _: _enabled.pop(key, None)), seen, previous_attention)
+
+
+def enabled_fingerprint(config: PreTrainedConfig) -> Fingerprint | None:
+    """Fingerprint of the enabled model that has this text config, None if it is not enabled."""
+    entry = _enabled.get(id(config))
+    return None if entry is None else entry[1]
+
+
+def forget_enabled(config: PreTrainedConfig) -> str | None:
+    """Undo `record_enabled`; returns the attention implementation of before, None if the model was not enabled."""
+    entry = _enabled.pop(id(config), None)
+    return None if entry is None else entry[2]
+
+
+class KVHandle:
+    """What `update` returns in place of keys or values: the layer that has the codes, and the new tokens [B, H, n, D]."""
+
+    __slots__ = ("fresh", "layer", "new")
+
+    def __init__(self, layer: MillionLayer, new: Tensor, fresh: bool):
+        self.layer, self.new, self.fresh = layer, new, fresh
+
+
+class Clock:
+    """Where all layers of one device are in time: static tensors that only in-place operations touch.
+
+    ``time`` [3] int64 is (past, total, ring_lo): tokens of all finished forwards, tokens after the running one, oldest slot
+    that the rings may serve. A forward begins in the device's first quantised layer (``total = past + n``) and is committed
+    by the model's last (``past = total``). One that died in between leaves ``past < total``: the next begins again at
+    ``past``, and as the dead one may have overwritten ring slots, serves those from codes.
+    ``start`` [B] int32 is the first valid slot of each row, ``origin`` [B] int32 the position of slot 0.
+    """
+
+    def __init__(self, batch_size: int, recent_tokens: int, first_position: int, device: torch.device):
+        self.recent_tokens, self.first_position = recent_tokens, first_position
+        self.time = torch.zeros(3, dtype=torch.int64, device=device)
+        self.start = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.origin = torch.full((batch_size,), first_position, dtype=torch.int32, device=device)
+        self.mark_static()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.time, self.start, self.origin
+
+    def mark_static(self) -> None:
+        for x in self.tensors():
+            torch._dynamo.mark_static_address(x)
+
+    def begin(self, n: int) -> None:
+        past, total, ring_lo = self.time.unbind()
+        lost = torch.maximum(ring_lo, total - self.recent_tokens)
+        self.time.copy_(torch.stack((past, past + n, torch.where(total > past, lost, ring_lo))))
+
+    def commit(self) -> None:
+        past, total, ring_lo = self.time.unbind()
+        self.time.copy_(torch.stack((total, total, ring_lo)))
+
+    def crop(self, n: int) -> None:
+        past, _, ring_lo = self.time.unbind()
+        ring_lo = torch.maximum(ring_lo, past - self.recent_tokens)
+        self.time.copy_(torch.stack((past - n, past - n, ring_lo)))
+
+    def set_start(self, start: Tensor) -> None:
+        """Fix ``start`` (and with it ``origin``) of the rows that hold no valid token yet. start [B] int32."""
+        past = self.time[0]
+        start = torch.where((past == 0) | (self.start >= past), start, self.start)
+        self.start.copy_(start)
+        self.origin.copy_(self.first_position - start)
+
+    def reset(self) -> None:
+        self.time.zero_()
+        self.start.zero_()
+        self.origin.fill_(self.first_position)
+
+
+class CacheState:
+    """What the layers of one cache share: configuration, clocks, and the Python flags that flip at most once a prompt."""
+
+    def __init__(
+        self, config: PreTrainedConfig, codebooks: Codebooks, recent_tokens: int, sink_tokens: int, first_position: int
+    ):
+        self.config, self.codebooks = config, codebooks
+        self.recent_tokens, self.sink_tokens, self.first_position = recent_tokens, sink_tokens, first_position
+        self.clocks: list[Clock] = []
+        self.empty = True  # no forward has finished since the last reset
+        self.million = False  # whether the tokens it holds came through the million attention function
+        self.fingerprint_seen = False
+
+    def clock(self, batch_size: int, device: torch.device) -> tuple[Clock, bool]:
+        """The device's clock, and whether the caller is the first to ask for it (then it begins every forward)."""
+        for clock in self.clocks:
+            if clock.time.device == device:
+                return clock, False
+        self.clocks.append(Clock(batch_size, self.recent_tokens, self.first_position, device))
+        return self.clocks[-1], True
+
+    def commit(self) -> None:
+        for clock in self.clocks:
+            clock.commit()
+        if self.empty:
+            self.empty = False
+
+    def check_model(self) -> None:
+        """Refuse codebooks of another model, as far as `enable` recorded which model this is."""
+        if self.fingerprint_seen:
+            return
+        seen = enabled_fingerprint(self.config)
+        if seen is None:
+            raise RuntimeError(
+                f"the attention implementation is {ATTENTION!r} but this model was not enabled: call million_cache.enable(model) "
+                "before the first forward, it checks that codebooks belong to the model"
+            )
+        refuse_other_model(self.codebooks, seen)
+        self.fingerprint_seen = True
+
+
+def refuse_other_model(codebooks: Codebooks, seen: Fingerprint) -> None:
+    """Raise ValueError naming every difference between the codebooks' model and the one at hand."""
+    differences = codebooks.fingerprint.matches(seen)
+    if differences:
+        raise ValueError("these codebooks were calibrated for another model: " + "; ".join(differences))
+
+
+class MillionLayer(StaticLayer):
+    """One full-attention layer: codes, ring and sinks of its keys and values. Tensor shapes: `million_ops.ops`."""
+
+    is_croppable = True
+
+    def __init__(self, max_cache_len: int, state: CacheState, layer_idx: int, is_last: bool):
+        CacheLayerMixin.__init__(self)  # not StaticLayer's: the clock is shared
+        self.max_cache_len, self.state, self.layer_idx, self.is_last = max_cache_len, state, layer_idx, is_last
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the batch size, dtype and device of ``key_states`` [B, H, n, D]. Raises ValueError if they do not fit the codebooks."""
+        books = self.state.codebooks.layers[self.layer_idx]
+        for name, x in (("keys", key_states), ("values", value_states)):
+            if (x.shape[1], x.shape[3]) != (books.kv_heads, books.head_dim):
+                raise ValueError(
+                    f"layer {self.layer_idx}: {name} have {x.shape[1]} KV heads of {x.shape[3]} channels, "
+                    f"the codebooks are for {books.kv_heads} of {books.head_dim}"
+                )
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "MillionStaticCache has no buffers yet and the forward is being compiled; give batch_size=, device= and dtype= to "
+                "the constructor (or call early_initialization), so that its buffers exist, at fixed addresses, before tracing"
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads, _, D = key_states.shape
+        self.clock, self.begins = self.state.clock(self.batch_size, self.device)
+        self.books: LayerCodebooks = self.state.codebooks.to(self.device)[self.layer_idx]
+        group = getattr(self.state.config, "num_attention_heads", self.num_heads) // self.num_heads
+        self.codes, layouts = [], []
+        for codebook in (self.books.k_codebook, self.books.v_codebook):
+            _, _, S, d = codebook.shape
+            layout = million_ops.layout_for(self.device.type, D, d, group)
+            shape = layout.packed_shape(self.batch_size, self.num_heads, self.max_cache_len, S)
+            self.codes.append(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+            layouts.append(layout.id)
+
+        def rows(tokens: int) -> Tensor:
+            return torch.zeros(self.batch_size, self.num_heads, tokens, D, dtype=self.dtype, device=self.device)
+
+        self.ring = [rows(self.state.recent_tokens), rows(self.state.recent_tokens)]
+        self.sinks = [rows(self.state.sink_tokens), rows(self.state.sink_tokens)]
+        self.geometry = {
+            "frame_tokens": self.books.frame_tokens,
+            "rope_interleaved": self.books.rope_interleaved,
+            "k_layout": layouts[0],
+            "v_layout": layouts[1],
+        }
+        self.mark_static()
+        self.is_initialized = True
+
+    def mark_static(self) -> None:
+        """Tell dynamo that these addresses never change: CUDA graphs then use the buffers in place, without copies."""
+        books = self.books
+        for x in (
+            *self.buffers(),
+            books.k_codebook,
+            books.v_codebook,
+            books.k_transform,
+            books.k_transform_inv,
+            books.inv_freq,
+        ):
+            if x is not None:
+                torch._dynamo.mark_static_address(x)
+
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Every tensor that holds this layer's tokens."""
+        return (*self.codes, *self.ring, *self.sinks)
+
+    def _layer_state(self) -> tuple[Tensor, ...]:
+        return (*self.codes, *self.ring, *self.sinks, *self.clock.tensors())
+
+    def append(self, k: Tensor, v: Tensor, offset: int = 0) -> None:
+        """Encode and store tokens k, v [B, H, n, D] behind the ``offset`` tokens of this forward that are stored already."""
+        b = self.books
+        million_ops.pq_append_(
+            k, v, b.k_codebook, b.v_codebook, b.k_transform, b.inv_freq, *self._layer_state(), offset=offset, **self.geometry
+        )  # fmt: skip
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, offset: int = 0) -> Tensor:
+        """`million_ops.pq_attention` of the not yet appended tokens q, k, v over this layer: [B, n, Hq, D]."""
+        b = self.books
+        return million_ops.pq_attention(
+            q, k, v, b.k_codebook, b.v_codebook, b.k_transform_inv, b.inv_freq, *self._layer_state(), mask,
+            scale=scale, offset=offset, **self.geometry,
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        """To be called when this layer has appended a forward's tokens: the model's last layer commits the clocks."""
+        if self.is_last:
+            self.state.commit()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Handles for the million attention function, or dequantised keys and values [B, H, max_cache_len, D] for any other.
+
+        Raises ValueError for another batch size, dtype or device than the cache's, or when the tokens do not fit (then
+        nothing is written), RuntimeError when the attention function changed while the cache holds tokens.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch_size:
+            raise ValueError(f"the cache was made for batch size {self.batch_size}, got {key_states.shape[0]}")
+        if key_states.dtype != self.dtype or key_states.device != self.device:
+            raise ValueError(
+                f"layer {self.layer_idx} of the cache holds {self.dtype} on {self.device}, got {key_states.dtype} on {key_states.device}"
+            )
+        state = self.state
+        million = state.config._attn_implementation == ATTENTION
+        fresh = state.empty
+        if self.begins:
+            if fresh:
+                state.million = million
+            if not torch.compiler.is_compiling():
+                self._check_capacity(key_states.shape[2])
+            self.clock.begin(key_states.shape[2])
+        if million != state.million:
+            raise RuntimeError(
+                f"the cache holds tokens of attention implementation {'million' if state.million else 'other than million'}, and the "
+                f"model now runs {state.config._attn_implementation!r}: reset() the cache before enable(model) or disable(model)"
+            )
+        if million:
+            state.check_model()
+            return KVHandle(self, key_states, fresh), KVHandle(self, value_states, fresh)
+        result = self._update_dequantised(key_states, value_states, fresh)
+        self.finish()
+        return result
+
+    def _check_capacity(self, n: int) -> None:
+        # Reading the clock is free on the CPU. On a GPU it would wait for the device in every step, so there the mask function
+        # checks the length of the 2-D mask, the op drops what does not fit, and `check` reports it.
+        past = 0 if self.state.empty else int(self.clock.time[0]) if self.device.type == "cpu" else None
+        if past is not None and past + n > self.max_cache_len:
+            raise ValueError(
+                f"the cache holds {past} tokens and max_cache_len is {self.max_cache_len}: {n} more do not fit; nothing was written"
+            )
+
+    def _update_dequantised(self, k: Tensor, v: Tensor, fresh: bool) -> tuple[Tensor, Tensor]:
+        """Append, and rebuild the whole cache in full precision, with every token that is held exactly overlaid exactly."""
+        if not fresh:
+            _warn_dequantising(self.state)
+        past, _, ring_lo = self.clock.time.unbind()
+        R, sinks = self.state.recent_tokens, self.state.sink_tokens
+        slots = torch.arange(self.max_cache_len, device=self.device)
+        in_ring = ((slots < past) & (slots >= torch.maximum(ring_lo, past - R)))[:, None]
+        # The ring as it stood before this forward; what the append below overwrites is new and overlaid from k and v.
+        old = [ring[:, :, slots % R] if R > 0 else None for ring in self.ring]
+        self.append(k, v)
+        b = self.books
+        rope = (b.inv_freq, self.clock.origin)
+        parts = (
+            (k, self.codes[0], b.k_codebook, b.k_transform_inv, rope, self.geometry["k_layout"]),
+            (v, self.codes[1], b.v_codebook, None, (None, self.clock.origin), self.geometry["v_layout"]),
+        )
+        results = []
+        for i, (new, codes, codebook, transform_inv, (inv_freq, origin), layout) in enumerate(parts):
+            if fresh:  # a prefill into an empty cache is exact
+                x = new.new_zeros(self.batch_size, self.num_heads, self.max_cache_len, new.shape[3])
+            else:
+                x = million_ops.pq_dequantize(
+                    codes,
+                    codebook,
+                    transform_inv,
+                    inv_freq,
+                    origin,
+                    layout,
+                    self.dtype,
+                    b.frame_tokens,
+                    b.rope_interleaved,
+                )[:, :, : self.max_cache_len]
+                if R > 0:
+                    x = torch.where(in_ring, old[i], x)
+                kept = min(sinks, self.max_cache_len)
+                x[:, :, :kept] = self.sinks[i][:, :, :kept]
+            x.index_copy_(2, past + torch.arange(new.shape[2], device=self.device), new)
+            results.append(x)
+        return results[0], results[1]
+
+    def get_seq_length(self) -> int | Tensor:
+        """Tokens of all finished forwards: int 0 while the cache is empty, else a tensor, so that compiled code does not specialise on it."""
+        if not self.is_initialized or self.state.empty:
+            return 0
+        return self.clock.time[0].clone()
+
+    def reset(self) -> None:
+        """Forget all tokens. Codes need no zeroing: nothing reads beyond the clock."""
+        if self.is_initialized and self.begins:
+            self.clock.reset()
+        self.state.empty = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove`` tokens (transformers before 5.17: a positive value is how many to keep)."""
+        if not (self.is_initialized and self.begins) or tokens_to_remove == 0:
+            return
+        past = int(self.clock.time[0])
+        if tokens_to_remove > 0 and not CROP_KEEPS:
+            raise ValueError(f"crop takes the negative number of tokens to drop, got {tokens_to_remove}")
+        drop = -tokens_to_remove if tokens_to_remove < 0 else max(0, past - tokens_to_remove)
+        if drop > past:
+            raise ValueError(f"the cache holds {past} tokens, {drop} cannot be dropped")
+        self.clock.crop(drop)
+        if drop == past:
+            self.state.empty = True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes row ``beam_idx[b]``, in place: addresses stay."""
+        if not self.is_initialized:
+            return
+        index = beam_idx.to(self.device)
+        own = (self.clock.start, self.clock.origin) if self.begins else ()
+        for x in (*self.buffers(), *own):
+            x.copy_(x.index_select(0, index))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise NotImplementedError("the batch size of MillionStaticCache is fixed: make a cache for the larger batch")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise NotImplementedError("the batch size of MillionStaticCache is fixed: make a cache for the smaller batch")
+
+    def offload(self) -> None:
+        raise NotImplementedError("MillionStaticCache keeps its codes on the device: their addresses are fixed")
+
+    prefetch = offload
+
+
+def _warn_dequantising(state: CacheState) -> None:
+    if not getattr(state, "warned", False):
+        state.warned = True
+        warnings.warn(
+            f"attention implementation {state.config._attn_implementation!r} reads dequantised keys and values: right, but slow and at full "
+            "memory; call million_cache.enable(model) to attend from the codes",
+            stacklevel=2,
+        )
+
+
+class MillionStaticCache(StaticCache):
+    """A static KV cache of product-quantised codes, for ``model.generate(..., past_key_values=cache)`` and ``torch.compile``.
+
+    Full-attention layers are quantised; sliding-window layers stay as transformers makes them.
+
+    Args:
+        config: the model's config, or the model itself (then its weights are checked against the codebooks at once; with a
+            config that happens when `enable` has been called).
+        codebooks: from `calibrate` or `Codebooks.from_pretrained`.
+        max_cache_len: tokens a row can hold.
+        batch_size, device, dtype: allocate now instead of at the first forward; needed before a forward that is itself
+            compiled. ``device`` defaults to the CPU, ``dtype`` to the config's.
+        recent_tokens, sink_tokens: override the codebooks' `PQConfig`.
+        first_position: position of a row's first valid token; not 0 only when ``position_ids`` are shifted.
+
+    Raises:
+        ValueError: codebooks of another model, an impossible length.
+        NotImplementedError: a model whose attention cannot be computed from codes (MLA, softcap, attention sinks, ...).
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig | PreTrainedModel, codebooks: Codebooks, max_cache_len: int, batch_size: int | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, recent_tokens: int | None = None,
+        sink_tokens: int | None = None, first_position: int = 0,
+    ):  # fmt: skip
+        model = config if isinstance(config, PreTrainedModel) else None
+        config = config.config if model is not None else config
+        text = config.get_text_config(decoder=True)
+        _check_max_cache_len(max_cache_len)
+        check_supported(text)
+        check_length(text, max_cache_len)
+        differences = codebooks.fingerprint.config_differences(text)
+        if differences:
+            raise ValueError("these codebooks were calibrated for another model: " + "; ".join(differences))
+        # PQConfig checks the values
+        pq = PQConfig(**{**codebooks.config.to_dict(), **_given(recent_tokens=recent_tokens, sink_tokens=sink_tokens)})
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        state = CacheState(text, codebooks, pq.recent_tokens, pq.sink_tokens, first_position)
+        if model is not None:
+            refuse_other_model(codebooks, fingerprint(model))
+            state.fingerprint_seen = True
+        elif enabled_fingerprint(text) is not None:
+            state.check_model()
+        quantised = full_attention_layers(text)
+        if sorted(codebooks.layers) != quantised:
+            raise ValueError(
+                f"the codebooks cover layers {sorted(codebooks.layers)}, the model's full-attention layers are {quantised}"
+            )
+        for i in quantised:
+            self.layers[i] = MillionLayer(max_cache_len, state, i, is_last=i == quantised[-1])
+        self.state = state
+        device = torch.device("cpu" if device is None else device)
+        _warn_without_kernels(device)
+        if batch_size is not None:
+            self.early_initialization(
+                batch_size,
+                kv_heads(text),
+                head_dim(text),
+                dtype or getattr(config, "dtype", None) or torch.get_default_dtype(),
+                device,
+            )
+
+    # -- bytes ---------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def required_bytes(
+        cls, config: PreTrainedConfig, pq: PQConfig | Codebooks, max_cache_len: int, batch_size: int = 1,
+        dtype: torch.dtype = torch.bfloat16, device_type: str = "cpu",
+    ) -> int:  # fmt: skip
+        """Bytes that a cache will allocate, codebooks apart: codes, rings, sinks, clock, and dense layers that stay dense."""
+        text = config.get_text_config(decoder=True)
+        check_supported(text)
+        _check_max_cache_len(max_cache_len)
+        pq = pq.config if isinstance(pq, Codebooks) else pq
+        H, D, B = kv_heads(text), head_dim(text), batch_size
+        quantised = full_attention_layers(text)
+        total = 3 * 8 + 2 * 4 * B  # clock, start, origin
+        for d in (pq.k_subspace_dim, pq.v_subspace_dim):
+            group = getattr(text, "num_attention_heads", H) // H
+            B_, H_, tiles, width = million_ops.layout_for(device_type, D, d, group).packed_shape(
+                B, H, max_cache_len, D // d
+            )
+            total += len(quantised) * B_ * H_ * tiles * width
+            total += len(quantised) * B * H * D * (pq.recent_tokens + pq.sink_tokens) * dtype.itemsize
+        for i, layer in enumerate(StaticCache(config=config, max_cache_len=max_cache_len).layers):
+            if i not in quantised and isinstance(layer, StaticLayer):
+                total += 2 * B * H * D * layer.max_cache_len * dtype.itemsize + 8
+        return total
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of every tensor that holds tokens: codes, rings, sinks, clocks, and dense layers. 0 before allocation."""
+        total = sum(_bytes(x) for clock in self.state.clocks for x in clock.tensors())
+        for layer in self.layers:
+            if not layer.is_initialized:
+                continue
+            own = (
+                layer.buffers()
+                if isinstance(layer, MillionLayer)
+                else (layer.keys, layer.values, layer.cumulative_length)
+            )
+            total += sum(_bytes(x) for x in own)
+        return total
+
+    @property
+    def codebook_bytes(self) -> int:
+        """Bytes of codebooks, transforms and frequencies; shared by all caches of a model on one device."""
+        return self.state.codebooks.nbytes
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits of codes an element of the quantised layers."""
+        return self.state.codebooks.config.bits_per_element
+
+    @property
+    def bits_per_element_total(self) -> float:
+        """``8 cache_bytes / elements``, with everything that `cache_bytes` counts, at full length. 0 before allocation."""
+        elements = sum(
+            2
+            * x.batch_size
+            * x.num_heads
+            * x.max_cache_len
+            * (x.ring[0].shape[3] if isinstance(x, MillionLayer) else x.k_head_dim)
+            for x in self.layers
+            if x.is_initialized
+        )
+        return 8 * self.cache_bytes / elements if elements else 0.0
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise RuntimeError if a compiled step ran past ``max_cache_len``: tokens were dropped and its text is wrong. Waits for the device."""
+        for clock in self.state.clocks:
+            past = int(clock.time[0])
+            length = self.layers[max(self.state.codebooks.layers)].max_cache_len
+            if past > length:
+                raise RuntimeError(
+                    f"{past} tokens were given to a cache of max_cache_len {length}: those beyond it were dropped, and what was generated "
+                    "after them is wrong; reset() the cache and use a longer one"
+                )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
+        """Tokens in the cache: int 0 while empty, else a tensor. On the CPU, where it costs nothing, an overflow raises here."""
+        if not torch.compiler.is_compiling() and all(c.time.device.type == "cpu" for c in self.state.clocks):
+            self.check()
+        first = min(self.state.codebooks.layers)
+        return super().get_seq_length(first if layer_idx == 0 else layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove`` tokens of every row. Raises as `check`, and ValueError if there are fewer."""
+        if tokens_to_remove == 0:
+            return  # nothing to do, and nothing worth waiting for the device for
+        self.check()
+        if not self.is_croppable:
+            kinds = sorted({type(x).__name__ for x in self.layers if not x.is_croppable})
+            raise NotImplementedError(f"layers of type {', '.join(kinds)} cannot be cropped")
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget all tokens, keep all buffers. Raises as `check`, after the reset is done, if text was lost before."""
+        try:
+            self.check()
+        finally:
+            super().reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MillionStaticCache:
+        """A cache with its own tokens that shares config and codebooks: how a prefilled prefix is reused."""
+        state = self.state
+        memo[id(state.config)], memo[id(state.codebooks)] = state.config, state.codebooks
+        for layer in self.layers:
+            if isinstance(layer, MillionLayer) and layer.is_initialized:
+                memo[id(layer.books)] = layer.books
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        for clock in twin.state.clocks:
+            clock.mark_static()
+        for layer in twin.layers:
+            if layer.is_initialized:
+                layer.mark_static() if isinstance(layer, MillionLayer) else _mark_static(layer)
+        return twin
+
+
+def _mark_static(layer: StaticLayer) -> None:
+    for x in (layer.keys, layer.values, layer.cumulative_length):
+        torch._dynamo.mark_static_address(x)
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _given(**values) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def _check_max_cache_len(max_cache_len: int) -> None:
+    if not isinstance(max_cache_len, int) or isinstance(max_cache_len, bool) or max_cache_len < 1:
+        raise ValueError(f"max_cache_len must be a positive integer, got {max_cache_len!r}")
+
+
+def _warn_without_kernels(device: torch.device) -> None:
+    if not million_ops.has_kernels(device.type):
+        warnings.warn(
+            f"no compiled kernels for {device.type!r}: {million_ops.backends().get(device.type, 'unknown device')}. The PyTorch reference "
+            "runs: right, and slow",
+            stacklevel=3,
+        )

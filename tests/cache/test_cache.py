@@ -1,0 +1,339 @@
+"""The cache by itself: bytes, errors, crop, reset, reorder, recovery."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.cache.lossless import RecordingCache, lossless_codebooks
+from tests.cache.tiny_models import tiny_gemma3, tiny_llama
+from transformers import DynamicCache, StaticCache
+
+from million_cache import PRESETS, Codebooks, MillionStaticCache, PQConfig, disable, enable
+from million_cache.cache import MillionLayer
+
+CONFIG = PQConfig(k_subspace_dim=2, v_subspace_dim=4, frame_tokens=8, recent_tokens=4, sink_tokens=2)
+MAX_LEN = 64
+VOCABULARY = 97
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(3, VOCABULARY, (2, MAX_LEN), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def books(model, ids):
+    """Lossless for `ids`, both rows, all of their 64 tokens."""
+    recording = RecordingCache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=recording)
+    return lossless_codebooks(model, [recording], CONFIG)
+
+
+@pytest.fixture
+def enabled(model):
+    enable(model)
+    yield model
+    disable(model)
+
+
+def logits(model, ids, cache) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, past_key_values=cache).logits
+
+
+def close(got, want):
+    # Centroids are fp16: two layers of it leave about 1e-3 of the logits' scale.
+    assert (got - want).abs().max() <= 5e-3 * want.abs().max()
+
+
+# -- append, crop, reorder, reset against a dense model -------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("feed"), st.integers(1, 20)),
+            st.tuples(st.just("crop"), st.integers(1, 12)),
+            st.tuples(st.just("swap"), st.just(0)),
+            st.tuples(st.just("reset"), st.just(0)),
+            st.tuples(st.just("copy"), st.just(0)),
+        ),
+        max_size=12,
+    )
+)
+def test_any_history_equals_the_dense_model(model, books, ids, history):
+    """Feed chunks, drop tokens, swap rows, copy and reset in any order: the next logits are those of the dense model."""
+    enable(model)
+    try:
+        cache = MillionStaticCache(model.config, books, MAX_LEN)
+        past, rows = 0, [0, 1]
+        for action, n in [*history, ("feed", 1)]:
+            if action == "feed":
+                n = min(n, MAX_LEN - past)
+                if n == 0:
+                    continue
+                got = logits(model, ids[rows, past : past + n], cache)
+                past += n
+                want = logits(model, ids[rows, :past], DynamicCache(config=model.config))[:, -n:]
+                close(got, want)
+            elif action == "crop":
+                n = min(n, past)
+                cache.crop(-n)
+                past -= n
+            elif action == "swap" and past:
+                cache.reorder_cache(torch.tensor([1, 0]))
+                rows = rows[::-1]
+            elif action == "reset":
+                cache.reset()
+                past, rows = 0, [0, 1]
+            elif action == "copy":
+                cache = copy.deepcopy(cache)
+            assert int(cache.get_seq_length()) == past
+    finally:
+        disable(model)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 31, 32, 33, 63])
+@pytest.mark.parametrize("recent", [0, 1, 4, 64])
+def test_a_chunk_equals_single_steps(enabled, books, ids, n, recent):
+    # Coarse codes, so that a key taken from the window instead of the codes would show.
+    layers = {
+        i: replace(
+            layer,
+            k_codebook=(layer.k_codebook.float().clamp(-3, 3) + 0.1).half(),
+            v_codebook=(layer.v_codebook.float().clamp(-3, 3) + 0.1).half(),
+        )
+        for i, layer in books.layers.items()
+    }
+    coarse = Codebooks(books.config, books.fingerprint, layers)
+    chunk, single = (MillionStaticCache(enabled.config, coarse, MAX_LEN, recent_tokens=recent) for _ in range(2))
+    for cache in (chunk, single):
+        logits(enabled, ids[:, :1], cache)
+    one = logits(enabled, ids[:, 1 : 1 + n], chunk)
+    many = torch.cat([logits(enabled, ids[:, i : i + 1], single) for i in range(1, 1 + n)], 1)
+    assert (one - many).abs().max() <= 1e-5 * many.abs().max()
+    if recent == 0 and n > 8:  # and the codes were coarse enough to be seen
+        dense = logits(enabled, ids[:, : 1 + n], DynamicCache(config=enabled.config))[:, 1:]
+        assert (one - dense).abs().max() > 1e-2 * dense.abs().max()
+
+
+def test_a_forward_that_dies_leaves_no_trace(enabled, books, ids):
+    cache = MillionStaticCache(enabled.config, books, MAX_LEN)
+    logits(enabled, ids[:, :20], cache)
+    boom = enabled.model.layers[1].input_layernorm.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logits(
+            enabled, ids[:, 30:37].flip(0), cache
+        )  # other tokens than the ones below: what they wrote must not be read
+    boom.remove()
+    assert int(cache.get_seq_length()) == 20
+    got = torch.cat([logits(enabled, ids[:, 20:23], cache), logits(enabled, ids[:, 23:24], cache)], 1)
+    close(got, logits(enabled, ids[:, :24], DynamicCache(config=enabled.config))[:, 20:])
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("length", [1, 64, 100, 8192])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])
+def test_required_bytes_are_the_bytes(make, preset, length):
+    model = make()
+    books = random_codebooks(model, PRESETS[preset])
+    need = MillionStaticCache.required_bytes(model.config, books, length, 3, torch.bfloat16)
+    cache = MillionStaticCache(model.config, books, length, batch_size=3, dtype=torch.bfloat16)
+    assert cache.cache_bytes == need
+
+
+@pytest.mark.parametrize(("preset", "share"), [("4bit", 1 / 4), ("3bit", 3 / 16), ("2bit", 1 / 8), ("1bit", 1 / 16)])
+def test_memory_is_saved(preset, share):
+    model = tiny_llama()
+    books = random_codebooks(model, PRESETS[preset])
+    cache = MillionStaticCache(model.config, books, 8192, batch_size=1, dtype=torch.bfloat16)
+    dense = StaticCache(model.config, 8192)
+    dense.early_initialization(1, 2, 32, torch.bfloat16, torch.device("cpu"))
+    dense_bytes = sum(x.nbytes for layer in dense.layers for x in (layer.keys, layer.values))
+    window = PRESETS[preset].recent_tokens + PRESETS[preset].sink_tokens
+    assert cache.cache_bytes <= (share + window / 8192 + 0.005) * dense_bytes
+    assert cache.bits_per_element == 16 * share
+    assert cache.bits_per_element_total == pytest.approx(16 * cache.cache_bytes / dense_bytes)
+    assert cache.codebook_bytes == books.nbytes
+
+
+def random_codebooks(model, config):
+    """Codebooks of the right shapes for ``model``; their centroids mean nothing."""
+    recording = RecordingCache(model.config)
+    with torch.no_grad():
+        model(torch.arange(3, 20)[None], past_key_values=recording)
+    return lossless_codebooks(model, [recording], config)
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------------
+
+
+def test_more_tokens_than_fit(enabled, books, ids):
+    cache = MillionStaticCache(enabled.config, books, 16)
+    logits(enabled, ids[:, :14], cache)
+    before = [x.clone() for layer in cache.layers for x in layer.buffers()]
+    with pytest.raises(ValueError, match=r"14 tokens and max_cache_len is 16: 3 more do not fit; nothing was written"):
+        logits(enabled, ids[:, 14:17], cache)
+    assert all(torch.equal(x, y) for x, y in zip(before, [x for layer in cache.layers for x in layer.buffers()]))
+    assert int(cache.get_seq_length()) == 14
+    logits(enabled, ids[:, 14:16], cache)  # and it still works
+
+
+def test_a_prompt_longer_than_the_cache(enabled, books, ids):
+    cache = MillionStaticCache(enabled.config, books, 16)
+    with pytest.raises(ValueError, match="17 more do not fit"):
+        enabled.generate(ids[:, :17], past_key_values=cache, max_new_tokens=2)
+
+
+def test_generating_past_the_end(enabled, books, ids):
+    with pytest.raises(ValueError, match="max_cache_len"):
+        enabled.generate(ids[:, :10], past_key_values=MillionStaticCache(enabled.config, books, 16), max_new_tokens=9)
+
+
+def test_the_sticky_overflow_flag(enabled, books, ids):
+    """What a captured graph does: the clock runs on, tokens are dropped, the next host call says so."""
+    cache = MillionStaticCache(enabled.config, books, 64)  # a whole tile, so that nothing lies behind it
+    logits(enabled, ids[:, :64], cache)
+    clock = cache.layers[0].clock
+    clock.begin(2)
+    k = torch.randn(2, 2, 2, 32)
+    before = [x.clone() for x in cache.layers[0].codes]
+    cache.layers[0].append(k, k)
+    cache.state.commit()
+    assert all(torch.equal(x, y) for x, y in zip(before, cache.layers[0].codes))
+    for call in (cache.check, cache.get_seq_length, lambda: cache.crop(-1), cache.reset):
+        with pytest.raises(RuntimeError, match="66 tokens were given to a cache of max_cache_len 64"):
+            call()
+    cache.check()  # the reset was done all the same
+    assert cache.get_seq_length() == 0
+
+
+def test_another_batch_size(enabled, books, ids):
+    cache = MillionStaticCache(enabled.config, books, 16, batch_size=1, dtype=torch.float32)
+    with pytest.raises(ValueError, match="batch size 1, got 2"):
+        logits(enabled, ids[:, :4], cache)
+
+
+def test_another_dtype(enabled, books, ids):
+    cache = MillionStaticCache(enabled.config, books, 16, batch_size=2, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"bfloat16 on cpu, got torch.float32"):
+        logits(enabled, ids[:, :4], cache)
+
+
+def test_codebooks_of_another_model(enabled, books, ids):
+    other = tiny_llama(seed=5)
+    with pytest.raises(ValueError, match="another model"):
+        MillionStaticCache(other, books, 16)
+    cache = MillionStaticCache(other.config, books, 16)  # same shapes: a config cannot tell
+    enable(other)
+    try:
+        with pytest.raises(ValueError, match="another model"):
+            logits(other, ids[:, :4], cache)
+        with pytest.raises(ValueError, match="another model"):
+            MillionStaticCache(other.config, books, 16)
+    finally:
+        disable(other)
+    MillionStaticCache(enabled, books, 16)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 3}, {"num_key_value_heads": 4}, {"head_dim": 64}, {"vocab_size": 99}], ids=str
+)
+def test_codebooks_of_another_shape(books, change):
+    with pytest.raises(ValueError, match="another model"):
+        MillionStaticCache(tiny_llama(**change).config, books, 16)
+
+
+def test_switching_on_a_cache_with_tokens(model, books, ids):
+    cache = MillionStaticCache(model.config, books, 32)
+    enable(model)
+    logits(model, ids[:, :5], cache)
+    disable(model)
+    with pytest.raises(RuntimeError, match="reset"):
+        logits(model, ids[:, 5:6], cache)
+    cache.reset()
+    logits(model, ids[:, :5], cache)
+    enable(model)
+    try:
+        with pytest.raises(RuntimeError, match="reset"):
+            logits(model, ids[:, 5:6], cache)
+    finally:
+        disable(model)
+
+
+def test_set_attn_implementation_is_not_enable(books, ids):
+    other = tiny_llama()
+    other.set_attn_implementation("million")
+    with pytest.raises(RuntimeError, match=r"call million_cache.enable\(model\)"):
+        logits(other, ids[:, :4], MillionStaticCache(other.config, books, 16))
+
+
+def test_cropping(enabled, books, ids):
+    cache = MillionStaticCache(enabled.config, books, 32)
+    logits(enabled, ids[:, :8], cache)
+    with pytest.raises(ValueError, match="holds 8 tokens, 9 cannot be dropped"):
+        cache.crop(-9)
+    with pytest.raises(ValueError, match="negative number of tokens to drop"):
+        cache.crop(3)
+    cache.crop(0)
+    assert int(cache.get_seq_length()) == 8
+    cache.crop(-8)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("length", [0, -1, 2.5, None])
+def test_impossible_lengths(model, books, length):
+    with pytest.raises(ValueError, match="max_cache_len must be a positive integer"):
+        MillionStaticCache(model.config, books, length)
+
+
+def test_output_attentions_is_refused(enabled, books, ids):
+    cache = MillionStaticCache(enabled.config, books, 32)
+    with pytest.raises((NotImplementedError, ValueError), match="output_attentions"), torch.no_grad():
+        enabled(ids[:, :4], past_key_values=cache, output_attentions=True)
+
+
+def test_biased_masks_are_refused(enabled, books, ids):
+    cache = MillionStaticCache(enabled.config, books, 32)
+    mask = torch.randn(2, 1, 4, 4)
+    with pytest.raises(NotImplementedError, match="bias"), torch.no_grad():
+        enabled(ids[:, :4], attention_mask=mask, past_key_values=cache)
+
+
+def test_dropout_is_refused(books, ids):
+    model = tiny_llama(attention_dropout=0.1)
+    enable(model)
+    model.train()
+    try:
+        with pytest.raises(NotImplementedError, match="dropout"):
+            model(ids[:, :4], past_key_values=MillionStaticCache(model.config, books, 16))
+    finally:
+        model.eval()
+        disable(model)
+
+
+def test_buffers_have_one_address_for_life(enabled, books, ids):
+    cache = MillionStaticCache(enabled.config, books, 32, batch_size=2, dtype=torch.float32)
+    layers = [x for x in cache.layers if isinstance(x, MillionLayer)]
+    addresses = [x.data_ptr() for layer in layers for x in (*layer.buffers(), *layer.clock.tensors())]
+    logits(enabled, ids[:, :9], cache)
+    logits(enabled, ids[:, 9:10], cache)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    cache.crop(-3)
+    cache.reset()
+    assert addresses == [x.data_ptr() for layer in layers for x in (*layer.buffers(), *layer.clock.tensors())]

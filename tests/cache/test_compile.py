@@ -1,0 +1,145 @@
+"""torch.compile: one graph, no recompile, no clone of a buffer, and the tokens of eager."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from tests.cache.lossless import RecordingCache, lossless_codebooks
+from tests.cache.tiny_models import tiny_llama
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
+
+from million_cache import MillionStaticCache, PQConfig, disable, enable
+
+CONFIG = PQConfig(k_subspace_dim=2, v_subspace_dim=4, frame_tokens=8, recent_tokens=4, sink_tokens=2)
+MAX_LEN = 64
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def model_and_books(ids):
+    model = tiny_llama()
+    recording = RecordingCache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=recording)
+    books = lossless_codebooks(model, [recording], CONFIG)
+    enable(model)
+    yield model, books
+    disable(model)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def new_cache(model, books, batch=2):
+    return MillionStaticCache(model.config, books, MAX_LEN, batch_size=batch, dtype=torch.float32)
+
+
+def steps(step, model, cache, ids, prefill=12):
+    """Eager prefill, then one call of ``step`` a token: the logits of every step."""
+    with torch.no_grad():
+        model(ids[:, :prefill], past_key_values=cache)
+        return torch.cat(
+            [step(ids[:, i : i + 1], past_key_values=cache).logits for i in range(prefill, ids.shape[1])], 1
+        )
+
+
+def test_one_graph_and_no_recompile(model_and_books, ids):
+    """Across frame and ring borders, for a second cache object, after a reset and after a deepcopy-free crop."""
+    model, books = model_and_books
+    want = steps(model, model, new_cache(model, books), ids)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    cache = new_cache(model, books)
+    torch.testing.assert_close(steps(compiled, model, cache, ids), want)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(steps(compiled, model, new_cache(model, books), ids), want)
+    cache.reset()
+    torch.testing.assert_close(steps(compiled, model, cache, ids), want)
+    cache.crop(-7)
+    with torch.no_grad():
+        again = torch.cat([compiled(ids[:, i : i + 1], past_key_values=cache).logits for i in range(33, 40)], 1)
+    torch.testing.assert_close(again, want[:, -7:], rtol=1e-2, atol=1e-2)  # after a crop more keys come from codes
+    assert counter.frame_count == 1
+
+
+def test_compiled_prefill(model_and_books, ids):
+    """fullgraph from the very first forward, when the cache was allocated before."""
+    model, books = model_and_books
+    cache = new_cache(model, books)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        got = compiled(ids[:, :12], past_key_values=cache).logits
+        want = model(ids[:, :12], past_key_values=new_cache(model, books)).logits
+        torch.testing.assert_close(got, want)
+        got = compiled(ids[:, 12:13], past_key_values=cache).logits
+        eager = new_cache(model, books)
+        model(ids[:, :12], past_key_values=eager)
+        torch.testing.assert_close(got, model(ids[:, 12:13], past_key_values=eager).logits)
+
+
+def test_an_unallocated_cache_cannot_be_compiled_into(model_and_books, ids):
+    model, books = model_and_books
+    cache = MillionStaticCache(model.config, books, MAX_LEN)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="batch_size="), torch.no_grad():
+        compiled(ids[:, :12], past_key_values=cache)
+
+
+def test_inductor_inserts_no_clone(model_and_books, ids):
+    """The generated code of a decode step allocates nothing as large as a code buffer and clones no buffer."""
+    model, books = model_and_books
+    cache = new_cache(model, books)
+    with torch.no_grad():
+        want = model(ids[:, :12], past_key_values=cache).logits
+        compiled = torch.compile(model, fullgraph=True)
+        _, (code, *_) = run_and_get_code(lambda: compiled(ids[:, 12:13], past_key_values=cache))
+    assert code.count("torch.ops.million_ops.pq_append_.default(") == model.config.num_hidden_layers
+    assert code.count("torch.ops.million_ops.pq_attention.default(") == model.config.num_hidden_layers
+    layer = cache.layers[0]
+    for buffer in (*layer.codes, *layer.ring, *layer.sinks):
+        shape = re.escape(str(tuple(buffer.shape)))
+        allocated = [line for line in code.splitlines() if "= empty_strided" in line and re.search(shape, line)]
+        assert not allocated, allocated
+    assert want.isfinite().all()
+
+
+def test_generate_compiles_by_itself(model_and_books, ids):
+    """generate's own compilation (forced on the CPU) gives eager's tokens, padded and unpadded, without a new graph."""
+    from transformers import CompileConfig
+
+    model, books = model_and_books
+    graphs = []
+
+    def backend(graph, inputs):  # a function, because generate copies the configuration
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    arguments = {"max_new_tokens": 10, "do_sample": False}
+    mask = torch.ones_like(ids[:, :12])
+    mask[1, :5] = 0
+    for attention_mask in (torch.ones_like(mask), mask):
+        want = model.generate(
+            ids[:, :12], attention_mask=attention_mask, past_key_values=new_cache(model, books), **arguments
+        )
+        got = model.generate(
+            ids[:, :12],
+            attention_mask=attention_mask,
+            past_key_values=new_cache(model, books),
+            compile_config=config,
+            **arguments,
+        )
+        assert torch.equal(want, got)
+    assert len(graphs) == 1

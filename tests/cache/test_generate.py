@@ -1,0 +1,240 @@
+"""The integration table: with lossless codes, every way of generating gives the tokens of the dense cache."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.cache.lossless import RecordingCache, lossless_codebooks
+from tests.cache.tiny_models import tiny_llama
+from transformers import DynamicCache
+
+from million_cache import MillionStaticCache, PQConfig, disable, enable
+
+CONFIG = PQConfig(k_subspace_dim=2, v_subspace_dim=4, frame_tokens=8, recent_tokens=4, sink_tokens=2)
+NEW = 20
+GREEDY = {"max_new_tokens": NEW, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+def prompt(batch: int, length: int = 9, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padding(ids: torch.Tensor) -> torch.Tensor:
+    """Row b starts at slot 3 b."""
+    mask = torch.ones_like(ids)
+    for b in range(len(ids)):
+        mask[b, : 3 * b] = 0
+    return mask
+
+
+FEATURES = {
+    "greedy": GREEDY,
+    "sampling": {"max_new_tokens": NEW, "do_sample": True, "top_k": 20},
+    "num_return_sequences": {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": 3},
+    "chunked prefill": {**GREEDY, "prefill_chunk_size": 4},
+    "chunked prefill by one": {**GREEDY, "prefill_chunk_size": 1},
+    "beams": {**GREEDY, "max_new_tokens": 12, "num_beams": 3},
+    "beams, sampled": {"max_new_tokens": 12, "num_beams": 3, "do_sample": True},
+}
+
+
+def dense_then_million(model, run, config=CONFIG, start=None, max_cache_len=48, **cache_kwargs):
+    """``run(cache_factory)`` with recording dense caches, then with lossless quantised ones; both results."""
+    recordings: list[RecordingCache] = []
+
+    def recording():
+        recordings.append(RecordingCache(model.config))
+        return recordings[-1]
+
+    torch.manual_seed(7)
+    want = run(recording)
+    books = lossless_codebooks(model, recordings, config, start)
+    enable(model)
+    try:
+        caches = []
+
+        def quantised():
+            caches.append(MillionStaticCache(model.config, books, max_cache_len, **cache_kwargs))
+            return caches[-1]
+
+        torch.manual_seed(7)
+        got = run(quantised)
+    finally:
+        disable(model)
+    return want, got, caches
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_generate_matches_dense(model, feature, padded):
+    ids = prompt(2)
+    mask = left_padding(ids) if padded else torch.ones_like(ids)
+    want, got, caches = dense_then_million(
+        model,
+        lambda cache: model.generate(ids, attention_mask=mask, past_key_values=cache(), **FEATURES[feature]),
+        start=(1 - mask).sum(-1) if padded else None,
+    )
+    assert torch.equal(want, got)
+    tokens = got.shape[1] - 1  # the last one was never fed
+    assert int(caches[0].get_seq_length()) in (tokens, tokens - 1)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+def test_inputs_embeds(model, padded):
+    ids = prompt(2)
+    mask = left_padding(ids) if padded else torch.ones_like(ids)
+    embeds = model.get_input_embeddings()(ids).detach()
+    want, got, _ = dense_then_million(
+        model,
+        lambda cache: model.generate(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache(), **GREEDY),
+        start=(1 - mask).sum(-1) if padded else None,
+    )
+    assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, PQConfig(8, 8, 0, 0, 0), PQConfig(4, 2, 16, 1, 0), PQConfig(2, 2, 8, 64, 8)], ids=str
+)
+def test_every_window(model, config):
+    """No window, no sinks, no frames, and a window longer than the run."""
+    ids = prompt(2)
+    want, got, _ = dense_then_million(
+        model, lambda cache: model.generate(ids, past_key_values=cache(), **GREEDY), config
+    )
+    assert torch.equal(want, got)
+
+
+def test_prompt_lookup(model):
+    ids = prompt(1, 4).repeat(1, 4)  # repeats, so that the lookup proposes and is refused
+    want, got, _ = dense_then_million(
+        model, lambda cache: model.generate(ids, past_key_values=cache(), prompt_lookup_num_tokens=3, **GREEDY)
+    )
+    assert torch.equal(want, got)
+
+
+def test_assisted_decoding(model):
+    assistant = tiny_llama(seed=3)
+    ids = prompt(1)
+    want, got, _ = dense_then_million(
+        model, lambda cache: model.generate(ids, past_key_values=cache(), assistant_model=assistant, **GREEDY)
+    )
+    assert torch.equal(want, got)
+
+
+def test_multi_turn(model):
+    first, second = prompt(2), prompt(2, 5, seed=2)
+
+    def run(make):
+        cache = make()
+        one = model.generate(first, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        ids = torch.cat((one, second), 1)
+        return model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+
+    want, got, _ = dense_then_million(model, run)
+    assert torch.equal(want, got)
+
+
+def test_padding_between_turns(model):
+    """A mask with holes: the second turn is padded on the left, in the middle of the sequence."""
+    first, second = prompt(2), prompt(2, 5, seed=2)
+    hole = torch.ones_like(second)
+    hole[1, :2] = 0
+
+    def run(make):
+        cache = make()
+        one = model.generate(first, past_key_values=cache, max_new_tokens=6, do_sample=False)
+        mask = torch.cat((torch.ones_like(one), hole), 1)
+        return model.generate(
+            torch.cat((one, second), 1), attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False
+        )
+
+    want, got, _ = dense_then_million(model, run)
+    assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+def test_prefix_by_deepcopy(model, padded):
+    prefix = prompt(2)
+    mask = left_padding(prefix) if padded else torch.ones_like(prefix)
+    tails = [prompt(2, 4, seed=s) for s in (5, 6)]
+
+    def run(make):
+        cache = make()
+        with torch.no_grad():
+            model(prefix, attention_mask=mask, past_key_values=cache)
+        results = []
+        for tail in tails:
+            twin = copy.deepcopy(cache)
+            known = len(getattr(cache, "seen", ()))
+            ids, m = torch.cat((prefix, tail), 1), torch.cat((mask, torch.ones_like(tail)), 1)
+            results.append(
+                model.generate(ids, attention_mask=m, past_key_values=twin, max_new_tokens=8, do_sample=False)
+            )
+            if isinstance(cache, RecordingCache):
+                cache.seen.extend(twin.seen[known:])
+        return torch.cat(results, 1)
+
+    want, got, caches = dense_then_million(model, run, start=(1 - mask).sum(-1) if padded else None)
+    assert torch.equal(want, got)
+    assert int(caches[0].get_seq_length()) == prefix.shape[1]  # the prefix itself was not touched
+
+
+def test_reset_and_reuse(model):
+    """The same cache object for another prompt, with and without padding, keeps its buffers and forgets the first prompt."""
+    ids, other = prompt(2), prompt(2, 7, seed=9)
+    mask = left_padding(other)
+
+    def run(make):
+        cache = make()
+        one = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        if isinstance(cache, MillionStaticCache):
+            addresses = [x.data_ptr() for layer in cache.layers for x in layer.buffers()]
+            cache.reset()
+            assert cache.get_seq_length() == 0
+        else:
+            seen, cache = cache.seen, make()
+            cache.seen = seen
+        # rows start elsewhere now: the recorded frames of this prompt are those of its own padding, so compare unpadded
+        two = model.generate(other, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        if isinstance(cache, MillionStaticCache):
+            assert addresses == [x.data_ptr() for layer in cache.layers for x in layer.buffers()]
+            cache.reset()
+            three = model.generate(other, attention_mask=mask, past_key_values=cache, max_new_tokens=1, do_sample=False)
+            assert cache.layers[0].clock.start.tolist() == [0, 3] and cache.layers[0].clock.origin.tolist() == [0, -3]
+            assert three.shape == (2, 8)
+        return torch.cat((one, two), 1)
+
+    want, got, _ = dense_then_million(model, run)
+    assert torch.equal(want, got)
+
+
+def test_without_enable_the_cache_dequantises(model):
+    ids = prompt(2)
+    recording = RecordingCache(model.config)
+    want = model.generate(ids, past_key_values=recording, **GREEDY)
+    cache = MillionStaticCache(model.config, lossless_codebooks(model, [recording], CONFIG), 48)
+    with pytest.warns(UserWarning, match="enable"):
+        got = model.generate(ids, past_key_values=cache, **GREEDY)
+    assert torch.equal(want, got)
+
+
+def test_an_enabled_model_runs_other_caches_as_before(model):
+    ids, mask = prompt(2), left_padding(prompt(2))
+    want = model.generate(ids, attention_mask=mask, **GREEDY)
+    enable(model)
+    try:
+        assert torch.equal(want, model.generate(ids, attention_mask=mask, **GREEDY))
+        assert torch.equal(
+            want, model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config), **GREEDY)
+        )
+        assert torch.equal(want, model.generate(ids, attention_mask=mask, cache_implementation="static", **GREEDY))
+    finally:
+        disable(model)
+    assert model.config._attn_implementation == "sdpa"
