@@ -1,0 +1,237 @@
+"""The program ``million``: thin commands over the package. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+app = typer.Typer(
+    name="million",
+    help="Product-quantised KV cache: calibrate codebooks, generate from codes, measure what they cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out = Console()
+err = Console(stderr=True)
+settings = {"debug": False}
+
+
+class Preset(str, Enum):
+    """Names of `million_cache.PRESETS`, repeated here so that ``--help`` need not load PyTorch."""
+
+    BIT4 = "4bit"
+    BIT3 = "3bit"
+    BIT2 = "2bit"
+    BIT1 = "1bit"
+
+
+class Dtype(str, Enum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Model = Annotated[str, typer.Option(help="Hub id, local directory, GGUF file, or `smollm2` (the demo's model).")]
+Books = Annotated[str, typer.Option(help="Directory that `million calibrate` wrote, or a hub id.")]
+Recent = Annotated[int | None, typer.Option(min=0, help="Last tokens that stay exact. Default: the codebooks' own.")]
+Sinks = Annotated[int | None, typer.Option(min=0, help="First tokens that stay exact. Default: the codebooks' own.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+ModelDtype = Annotated[Dtype | None, typer.Option(help="Default: float32 on a CPU, bfloat16 elsewhere.")]
+
+
+@app.callback()
+def main(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    settings["debug"] = debug
+
+
+@contextlib.contextmanager
+def mistakes() -> Iterator[None]:
+    """Turn what a user can mend into one paragraph on stderr and exit status 1."""
+    from million_cache.loading import UserError
+
+    try:
+        yield
+    except (UserError, ValueError, NotImplementedError, OSError) as error:
+        if settings["debug"]:
+            raise
+        err.print(Text.assemble(("error: ", "bold red"), " ".join(str(error).split())), soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _load(model: str, device: str, dtype: Dtype | None) -> tuple[Any, Any]:
+    import torch
+
+    from million_cache.loading import load_model
+
+    with err.status(f"Loading {model} (a GGUF file takes about 20 s)"):
+        return load_model(model, device, getattr(torch, dtype.value) if dtype else None)
+
+
+@app.command()
+def demo(
+    preset: Annotated[Preset, typer.Option(help="Bits of a cached element.")] = Preset.BIT4,
+    max_new_tokens: Annotated[int, typer.Option(min=2, max=4096, help="Tokens to generate.")] = 64,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to ask the model. Default: a page of text and a question.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Calibration text. Default: the text in the package.")] = None,
+) -> None:
+    """SmolLM2-135M with a dense and with a quantised cache, side by side: texts, bytes, quality, speed."""
+    with mistakes():
+        from million_cache.demo import run_demo
+
+        run_demo(out, preset.value, max_new_tokens, prompt, text)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory to write the codebooks to; a checkpoint's own will do.")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text. Default: the text in the package.")] = None,
+    preset: Annotated[Preset, typer.Option(help="Bits of a cached element.")] = Preset.BIT4,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to use.")] = 8192,
+    context: Annotated[int, typer.Option(min=16, help="Tokens of one forward.")] = 2048,
+    seed: Annotated[int, typer.Option(min=0, help="Of the k-means start and the random positions.")] = 0,
+    recent: Annotated[
+        int | None, typer.Option(min=0, help="Last tokens that stay exact, stored as the default.")
+    ] = None,
+    sinks: Annotated[
+        int | None, typer.Option(min=0, help="First tokens that stay exact, stored as the default.")
+    ] = None,
+    device: Device = "cpu",
+    dtype: ModelDtype = None,
+) -> None:
+    """Train codebooks for a model on a text and write them to a directory."""
+    with mistakes():
+        from million_cache.config import PQConfig
+        from million_cache.evaluate import with_window
+        from million_cache.programs import calibrate_text
+
+        if out.is_file():
+            raise ValueError(f"{out} is a file; give a directory to write to")
+        source, body = _text(text, "calibration")
+        loaded, tokenizer = _load(model, device, dtype)
+        config = with_window(PQConfig.preset(preset.value), recent, sinks)
+        codebooks = calibrate_text(loaded, tokenizer, body, source, config, tokens, context, seed)
+        codebooks.save_pretrained(out)
+        err.print(
+            f"Wrote {out} ({codebooks.nbytes / 1e6:.1f} MB of codebooks, {codebooks.config.bits_per_element:g} bit)."
+        )
+
+
+@app.command()
+def generate(
+    model: Model,
+    codebooks: Books,
+    prompt: Annotated[str, typer.Option(help="What to ask; `-` reads it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
+    recent: Recent = None,
+    sinks: Sinks = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the model's chat template.")
+    ] = False,
+    device: Device = "cpu",
+    dtype: ModelDtype = None,
+) -> None:
+    """Generate greedily with a quantised cache; the text goes to standard output as it comes."""
+    with mistakes():
+        from million_cache.programs import generate_text, load_codebooks
+
+        books = load_codebooks(codebooks)
+        if prompt == "-":
+            prompt = typer.get_text_stream("stdin").read()
+        loaded, tokenizer = _load(model, device, dtype)
+        run = generate_text(
+            loaded,
+            tokenizer,
+            books,
+            prompt,
+            max_new_tokens,
+            recent_tokens=recent,
+            sink_tokens=sinks,
+            chat=not raw,
+            stream=True,
+        )
+        err.print(
+            f"{run.prompt_tokens} + {len(run.tokens)} tokens, {run.tokens_per_second:.1f} tokens/s, cache {run.cache_bytes / 1e6:.2f} MB"
+        )
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    codebooks: Books,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text, disjoint from the calibration's. Default: the one in the package.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a context.")] = 2048,
+    chunks: Annotated[int, typer.Option(min=1, help="Contexts to score.")] = 4,
+    recent: Recent = None,
+    sinks: Sinks = None,
+    position_offset: Annotated[int, typer.Option(min=0, help="Position of each context's first token.")] = 0,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+    device: Device = "cpu",
+    dtype: ModelDtype = None,
+) -> None:
+    """KL, top-1 agreement and perplexity against the dense cache, every position scored through the decode path."""
+    with mistakes():
+        from million_cache.programs import evaluate_text, load_codebooks, result_table
+        from million_cache.loading import atomic_path
+
+        if json_out and not json_out.parent.is_dir():
+            raise ValueError(f"cannot write {json_out}: there is no directory {json_out.parent}")
+        books = load_codebooks(codebooks)
+        source, body = _text(text, "evaluation")
+        loaded, tokenizer = _load(model, device, dtype)
+        result = evaluate_text(
+            loaded,
+            tokenizer,
+            books,
+            body,
+            source,
+            context,
+            chunks,
+            recent_tokens=recent,
+            sink_tokens=sinks,
+            position_offset=position_offset,
+        )
+        result = {**result, "model": model, "codebooks": codebooks}
+        if json_out:
+            with atomic_path(json_out) as partial:
+                partial.write_text(json.dumps(result, indent=2) + os.linesep, encoding="utf-8")
+        out.print(result_table(result))
+
+
+@app.command()
+def inspect(
+    codebooks: Annotated[Path, typer.Argument(help="Directory that `million calibrate` wrote.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw heat maps to this file (png, pdf, svg).")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Show one layer subspace by subspace.")] = None,
+) -> None:
+    """Energy and distortion per layer, head and subspace, as a table and a picture."""
+    with mistakes():
+        from million_cache import report
+        from million_cache.programs import load_codebooks
+
+        books = load_codebooks(str(codebooks))
+        out.print(report.layer_table(books) if layer is None else report.subspace_table(books, layer))
+        if plot:
+            report.plot(books, plot)
+            err.print(f"Wrote {plot}.")
+
+
+def _text(path: Path | None, shipped: str) -> tuple[str, str]:
+    """Name and content of a text file, or of the shipped text."""
+    from million_cache.loading import read_text, shipped_text
+
+    return (str(path), read_text(path)) if path else (f"the shipped {shipped} text", shipped_text(shipped))

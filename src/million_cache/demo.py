@@ -1,0 +1,151 @@
+"""``million demo``: SmolLM2-135M with a dense and with a quantised cache, side by side, in about two minutes on two cores."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import million_ops
+from million_cache.codebook import FORMAT_VERSION, Codebooks
+from million_cache.config import PQConfig
+from million_cache.loading import SMOLLM2, cache_dir, fetch_smollm2, load_model, read_text, shipped_text
+from million_cache.models import fingerprint
+from million_cache.programs import Generation, calibrate_text, evaluate_text, generate_text, megabytes
+
+CALIBRATION_TOKENS = 8192
+EVALUATION_CONTEXT, EVALUATION_CONTEXTS = 1024, 2
+PAGE_CHARACTERS = 4000  # about a thousand tokens: beyond the exact window, so that the answer comes from codes
+QUESTION = "Summarize the text above in a few sentences."
+
+
+def default_prompt() -> str:
+    """A page of the shipped evaluation text, and a question about it."""
+    page = shipped_text("evaluation").split("\n=====\n")[1][:PAGE_CHARACTERS]
+    return f"{page}\n\n{QUESTION}"
+
+
+@contextlib.contextmanager
+def stage(console: Console, title: str) -> Iterator[None]:
+    """Announce a step, then say how long it took."""
+    console.print(f"[bold]{title}[/] ...", highlight=False)
+    started = time.perf_counter()
+    yield
+    console.print(f"    done in {time.perf_counter() - started:.1f} s", highlight=False)
+
+
+def cached_codebooks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, source: str, config: PQConfig
+) -> tuple[Codebooks, bool]:
+    """Codebooks for the demo, and whether they come from the user's cache, where they are kept by model, config and text."""
+    key = json.dumps(
+        [FORMAT_VERSION, fingerprint(model).to_dict(), config.to_dict(), text, CALIBRATION_TOKENS], sort_keys=True
+    )
+    directory = cache_dir() / "demo" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    with contextlib.suppress(OSError, ValueError):  # absent, or left by another version: calibrate anew
+        return Codebooks.from_pretrained(directory), True
+    books = calibrate_text(model, tokenizer, text, source, config, CALIBRATION_TOKENS)
+    books.save_pretrained(directory)
+    return books, False
+
+
+def run_demo(
+    console: Console,
+    preset: str = "4bit",
+    max_new_tokens: int = 64,
+    prompt: str | None = None,
+    text: Path | None = None,
+) -> dict:
+    """Load, calibrate, generate twice, evaluate, and print what came out.
+
+    Args:
+        console: where to print.
+        preset: one of `million_cache.PRESETS`.
+        max_new_tokens: tokens to generate with either cache.
+        prompt: what to ask; default: a page of text with a question.
+        text: calibration text; default: the shipped one.
+
+    Returns:
+        ``dense`` and ``million`` (`Generation`), ``evaluation`` (as `evaluate` returns it), ``equal_tokens``.
+
+    Raises:
+        UserError: the model cannot be fetched, or the text cannot be read or is too short.
+    """
+    started = time.perf_counter()
+    source, body = (
+        (str(text), read_text(text)) if text else ("the shipped calibration text", shipped_text("calibration"))
+    )
+    config = PQConfig.preset(preset)
+    kernels = "compiled kernels" if million_ops.has_kernels("cpu") else "PyTorch reference, slow: no compiled kernels"
+    console.print(f"MILLION {preset} on the CPU ({kernels}); the first run takes two to three minutes", highlight=False)
+    fetch_smollm2()
+    with stage(console, "1/4 Loading SmolLM2-135M-Instruct (about 20 s)"):
+        model, tokenizer = load_model(SMOLLM2)
+    with stage(console, f"2/4 Calibrating {preset} codebooks on {CALIBRATION_TOKENS} tokens (about a minute, once)"):
+        books, known = cached_codebooks(model, tokenizer, body, source, config)
+        if known:
+            console.print("    found in the cache of an earlier run")
+    with stage(console, f"3/4 Generating {max_new_tokens} tokens with either cache (about 20 s)"):
+        prompt = prompt or default_prompt()
+        dense = generate_text(model, tokenizer, None, prompt, max_new_tokens)
+        million = generate_text(model, tokenizer, books, prompt, max_new_tokens)
+    tokens = EVALUATION_CONTEXT * EVALUATION_CONTEXTS
+    with stage(console, f"4/4 Scoring {tokens} tokens of held-out text through the decode path (about 30 s)"):
+        result = evaluate_text(
+            model,
+            tokenizer,
+            books,
+            shipped_text("evaluation"),
+            "the shipped evaluation text",
+            EVALUATION_CONTEXT,
+            EVALUATION_CONTEXTS,
+        )
+    equal = next((i for i, (a, b) in enumerate(zip(dense.tokens, million.tokens)) if a != b), None)
+    equal = min(len(dense.tokens), len(million.tokens)) if equal is None else equal
+    console.print(texts_table(dense, million, preset))
+    console.print(figures_table(dense, million, books, result))
+    console.print(
+        f"The first {equal} of {len(dense.tokens)} tokens are equal. "
+        f"Everything took {time.perf_counter() - started:.0f} s.",
+        highlight=False,
+    )
+    return {"dense": dense, "million": million, "evaluation": result, "equal_tokens": equal}
+
+
+def texts_table(dense: Generation, million: Generation, preset: str) -> Table:
+    """Both texts, side by side."""
+    table = Table(title=f"{dense.prompt_tokens} tokens of prompt, greedy", show_lines=True, expand=True)
+    table.add_column("dense cache", ratio=1)
+    table.add_column(f"million {preset}", ratio=1)
+    table.add_row(dense.text.strip(), million.text.strip())
+    return table
+
+
+def figures_table(dense: Generation, million: Generation, books: Codebooks, result: dict) -> Table:
+    """Bytes, bits, speed and quality of both caches."""
+    table = Table()
+    for column in ("", "dense", "million", "million / dense"):
+        table.add_column(column, justify="left" if column == "" else "right")
+
+    def compare(name: str, a: float, b: float, shown) -> None:
+        table.add_row(name, shown(a), shown(b), f"{b / a:.3f}" if a else "")
+
+    length = dense.prompt_tokens + len(dense.tokens)
+    compare(f"cache of {length} tokens, float32 model", dense.cache_bytes, million.cache_bytes, megabytes)
+    compare(f"the same, 16-bit model", dense.cache_bytes_16bit, million.cache_bytes_16bit, megabytes)
+    table.add_row("codebooks (once a model)", "", megabytes(books.nbytes), "")
+    table.add_row("bits an element, codes", "", f"{books.config.bits_per_element:.2f}", "")
+    table.add_row("bits an element, window and sinks too", "32", f"{million.bits_per_element_total:.2f}", "")
+    compare("decode, tokens/s", dense.tokens_per_second, million.tokens_per_second, lambda x: f"{x:.1f}")
+    table.add_section()
+    table.add_row("KL to dense, held-out text (nats a token)", "", f"{result['kl']:.5f}", "")
+    table.add_row("top-1 agreement with dense", "", f"{result['top1']:.4f}", "")
+    compare("perplexity", result["perplexity_dense"], result["perplexity"], lambda x: f"{x:.3f}")
+    return table
