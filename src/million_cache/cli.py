@@ -185,8 +185,8 @@ def evaluate(
 ) -> None:
     """KL, top-1 agreement and perplexity against the dense cache, every position scored through the decode path."""
     with mistakes():
-        from million_cache.programs import evaluate_text, load_codebooks, result_table
         from million_cache.loading import atomic_path
+        from million_cache.programs import evaluate_text, load_codebooks, result_table
 
         if json_out and not json_out.parent.is_dir():
             raise ValueError(f"cannot write {json_out}: there is no directory {json_out.parent}")

@@ -139,7 +139,7 @@ def figures_table(dense: Generation, million: Generation, books: Codebooks, resu
 
     length = dense.prompt_tokens + len(dense.tokens)
     compare(f"cache of {length} tokens, float32 model", dense.cache_bytes, million.cache_bytes, megabytes)
-    compare(f"the same, 16-bit model", dense.cache_bytes_16bit, million.cache_bytes_16bit, megabytes)
+    compare("the same, 16-bit model", dense.cache_bytes_16bit, million.cache_bytes_16bit, megabytes)
     table.add_row("codebooks (once a model)", "", megabytes(books.nbytes), "")
     table.add_row("bits an element, codes", "", f"{books.config.bits_per_element:.2f}", "")
     table.add_row("bits an element, window and sinks too", "32", f"{million.bits_per_element_total:.2f}", "")

@@ -1,7 +1,7 @@
 """How far a quantised cache moves a model's predictions, measured through the decode path that users run.
 
-A single prefill into an empty cache is exact and would score nothing. So the text goes into the cache in chunks of at most
-64 tokens, each attending to the codes of all before it, and every position is scored against a dense prefill.
+A prefill into an empty cache is exact and would score nothing. So a first token goes into the cache alone and the rest in
+chunks of at most 64, which attend to codes just as single steps do; every position is scored against a dense prefill.
 """
 
 from __future__ import annotations
@@ -156,8 +156,9 @@ def evaluate(
                 disable(model)
                 reference = logits_of(context, start, end, dense)
                 enable(model)
-                for a in range(start, end, CHUNK):
-                    b = min(a + CHUNK, end)
+                b = start
+                while b < end:
+                    a, b = b, min(b + CHUNK, end) if b else 1
                     scores.add(
                         logits_of(context, a, b, cache), reference[a - start : b - start], context[a + 1 : b + 1]
                     )

@@ -178,12 +178,16 @@ def load_model(
         dtype: of its weights; default float32 on a CPU, bfloat16 elsewhere.
 
     Raises:
-        UserError: there is no such model, or the hub is out of reach and has not left it in its cache.
+        UserError: there is no such device or model, or the hub is out of reach and has not left it in its cache.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"there is no device {device!r} here: {error}") from error
     source, options = _source(name)
     logging.disable_progress_bar()
     try:

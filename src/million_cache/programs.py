@@ -160,13 +160,14 @@ def generate_text(
         text=tokenizer.decode(new, skip_special_tokens=True),
         prefill_seconds=first - clock.times[0],
         tokens_per_second=len(rest) / decode if decode else 0.0,
-        **_sizes(model, cache, codebooks, recent_tokens, sink_tokens),
+        **_sizes(model, cache, length, codebooks, recent_tokens, sink_tokens),
     )
 
 
 def _sizes(
     model: PreTrainedModel,
     cache: StaticCache,
+    length: int,
     codebooks: Codebooks | None,
     recent_tokens: int | None,
     sink_tokens: int | None,
@@ -182,7 +183,7 @@ def _sizes(
         }
     config = with_window(codebooks.config, recent_tokens, sink_tokens)
     at_16bit = MillionStaticCache.required_bytes(
-        model.config, config, cache.max_cache_len, dtype=torch.bfloat16, device_type=model.device.type
+        model.config, config, length, dtype=torch.bfloat16, device_type=model.device.type
     )
     return {
         "cache_bytes": cache.cache_bytes,

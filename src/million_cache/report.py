@@ -112,7 +112,9 @@ def plot(codebooks: Codebooks, path: Path) -> None:
         for column, (measure, values) in enumerate(zip(("energy", "distortion"), stacked(codebooks, kind))):
             axis = axes[row][column]
             heads = values.shape[1]
-            image = axis.imshow(values.flatten(0, 1).clamp(min=1e-12).log10(), aspect="auto", interpolation="nearest")
+            image = axis.imshow(
+                values.flatten(0, 1).clamp(min=1e-12).log10().numpy(), aspect="auto", interpolation="nearest"
+            )
             axis.set(title=f"{name}: log10 {measure}", xlabel="subspace", ylabel=f"layer ({heads} KV heads each)")
             step = max(1, len(layers) // 10)
             axis.set_yticks([i * heads for i in range(0, len(layers), step)], [str(i) for i in layers[::step]])

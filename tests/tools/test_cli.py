@@ -1,0 +1,281 @@
+"""Every command and flag of ``million`` on a tiny model: what it writes, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from million_cache import PRESETS, Codebooks
+from million_cache.cli import Preset
+from million_cache.codebook import CONFIG_NAME, TENSORS_NAME
+from tests.tools.tiny import tiny_llama
+
+JSON_KEYS = {
+    "kl", "top1", "perplexity", "perplexity_dense", "bits_per_element", "bits_per_element_total", "cache_bytes", "dense_cache_bytes",
+    "codebook_bytes",
+}  # fmt: skip
+
+
+def test_help_names_every_command(million):
+    result = million("--help")
+    assert result.exit_code == 0
+    for command in ("demo", "calibrate", "generate", "evaluate", "inspect"):
+        assert command in result.stdout
+        assert million(command, "--help").exit_code == 0
+
+
+def test_presets_of_the_program_are_those_of_the_package():
+    assert [x.value for x in Preset] == list(PRESETS)
+
+
+# -- calibrate -------------------------------------------------------------------------------------------------------------
+
+
+def test_calibrate_writes_codebooks_with_their_provenance(million, model_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("In the beginning was the word, and the word was a token. " * 200)
+    out = tmp_path / "books"
+    result = million(
+        "calibrate", "--model", model_dir, "--text", text, "--preset", "2bit", "--tokens", 1024, "--context", 512, "--seed", 3,
+        "--recent", 16, "--sinks", 1, "--device", "cpu", "--dtype", "float32", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert {x.name for x in out.iterdir()} == {CONFIG_NAME, TENSORS_NAME}
+    books = Codebooks.from_pretrained(out)
+    assert (books.config.recent_tokens, books.config.sink_tokens, books.config.bits_per_element) == (16, 1, 2)
+    assert books.provenance["text"] == str(text)
+    assert len(books.provenance["text_sha256"]) == 64
+    assert "2 bit" in result.stderr
+
+
+def test_calibrate_takes_the_shipped_text_by_default(million, model_dir, tmp_path):
+    result = million(
+        "calibrate", "--model", model_dir, "--preset", "1bit", "--tokens", 512, "--out", tmp_path / "books"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "shipped" in Codebooks.from_pretrained(tmp_path / "books").provenance["text"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_calibration_leaves_nothing(million, model_dir, tmp_path, monkeypatch, error):
+    def interrupted(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("million_cache.codebook.save_file", interrupted)
+    result = million(
+        "calibrate", "--model", model_dir, "--preset", "1bit", "--tokens", 512, "--out", tmp_path / "books"
+    )
+    assert result.exit_code != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- generate --------------------------------------------------------------------------------------------------------------
+
+
+def test_generate_prints_the_text_alone_on_stdout(million, model, tokenizer, model_dir, books_dir):
+    prompt = "In the beginning God created the heaven and the earth."
+    # A window as long as everything: the greedy text is the dense one.
+    result = million(
+        "generate", "--model", model_dir, "--codebooks", books_dir, "--prompt", prompt, "--max-new-tokens", 12, "--recent", 256,
+        "--sinks", 0, "--raw", "--device", "cpu", "--dtype", "float32",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[
+        0, ids.shape[1] :
+    ]
+    assert result.stdout.strip() == tokenizer.decode(want, skip_special_tokens=True).strip()
+    assert f"{ids.shape[1]} + {len(want)} tokens" in " ".join(result.stderr.split())
+
+
+def test_generate_reads_the_prompt_from_stdin(million, model_dir, books_dir):
+    arguments = ("generate", "--model", model_dir, "--codebooks", books_dir, "--max-new-tokens", 4)
+    piped = million(*arguments, "--prompt", "-", input="And the earth")
+    given = million(*arguments, "--prompt", "And the earth")
+    assert piped.exit_code == 0, piped.stderr
+    assert piped.stdout == given.stdout
+
+
+# -- evaluate --------------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_writes_every_key_and_honours_every_flag(million, model_dir, books_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("And it came to pass, that a query met a key, and the key was a code. " * 100)
+    out = tmp_path / "result.json"
+    result = million(
+        "evaluate", "--model", model_dir, "--codebooks", books_dir, "--text", text, "--context", 160, "--chunks", 2, "--recent", 16,
+        "--sinks", 1, "--position-offset", 50, "--device", "cpu", "--dtype", "float32", "--json", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    got = json.loads(out.read_text())
+    assert set(got) >= JSON_KEYS
+    assert (got["contexts"], got["context"], got["positions"]) == (2, 160, 320)
+    assert (got["recent_tokens"], got["sink_tokens"], got["position_offset"]) == (16, 1, 50)
+    assert got["model"] == str(model_dir)
+    assert got["text"] == str(text)
+    assert {"torch", "transformers", "million"} <= set(got["versions"])
+    assert got["seconds"] > 0
+    assert got["bits_per_element"] == 1
+    assert "KL" in result.stdout
+    assert {x.name for x in tmp_path.iterdir()} == {"text.txt", "result.json"}
+
+
+def test_evaluate_takes_the_codebooks_own_window_and_the_shipped_text(million, model_dir, books_dir, tmp_path):
+    result = million(
+        "evaluate",
+        "--model",
+        model_dir,
+        "--codebooks",
+        books_dir,
+        "--context",
+        128,
+        "--chunks",
+        1,
+        "--json",
+        tmp_path / "r.json",
+    )
+    assert result.exit_code == 0, result.stderr
+    got = json.loads((tmp_path / "r.json").read_text())
+    assert (got["recent_tokens"], got["sink_tokens"]) == (8, 2)
+    assert "shipped" in got["text"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_write_keeps_the_old_result(million, model_dir, books_dir, tmp_path, monkeypatch, error):
+    out = tmp_path / "result.json"
+    out.write_text("old")
+
+    def interrupted(*args, **kwargs):
+        raise error("disk full")
+
+    monkeypatch.setattr("os.replace", interrupted)
+    result = million(
+        "evaluate", "--model", model_dir, "--codebooks", books_dir, "--context", 64, "--chunks", 1, "--json", out
+    )
+    assert result.exit_code != 0
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+# -- inspect ---------------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_a_row_a_layer(million, books_dir):
+    result = million("inspect", books_dir)
+    assert result.exit_code == 0, result.stderr
+    assert "energy" in result.stdout
+    assert "distortion" in result.stdout
+
+
+def test_inspect_shows_one_layer_by_subspace(million, books_dir):
+    result = million("inspect", books_dir, "--layer", 1)
+    assert result.exit_code == 0, result.stderr
+    rows = [x for x in result.stdout.splitlines() if "/" in x and x.strip("│ ")[:1].isdigit()]
+    assert len(rows) == 64 // 8
+
+
+@pytest.mark.parametrize("suffix, magic", [("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_inspect_draws_a_picture(million, books_dir, tmp_path, suffix, magic):
+    picture = tmp_path / f"books.{suffix}"
+    result = million("inspect", books_dir, "--plot", picture)
+    assert result.exit_code == 0, result.stderr
+    assert picture.read_bytes().startswith(magic)
+    assert list(tmp_path.iterdir()) == [picture]
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------------
+
+
+def assert_says(result, *words):
+    """Exit status 1, one paragraph on stderr with these words in it, no traceback."""
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 1, (result.exit_code, said)
+    assert "Traceback" not in said
+    assert said.startswith("error:") or "error:" in said
+    for word in words:
+        assert word in said, (word, said)
+
+
+def test_missing_things_are_named(million, model_dir, books_dir, tmp_path):
+    evaluate = ("evaluate", "--context", 64, "--chunks", 1)
+    gone = tmp_path / "gone"
+    assert_says(million(*evaluate, "--model", gone, "--codebooks", books_dir), str(gone))
+    assert_says(million(*evaluate, "--model", model_dir, "--codebooks", gone), str(gone))
+    assert_says(million(*evaluate, "--model", model_dir, "--codebooks", "gone"), "gone")
+    assert_says(million(*evaluate, "--model", model_dir, "--codebooks", books_dir, "--text", gone), str(gone))
+    assert_says(
+        million(*evaluate, "--model", model_dir, "--codebooks", books_dir, "--json", gone / "x.json"), str(gone)
+    )
+    assert_says(million("inspect", gone), str(gone))
+    assert_says(million("inspect", books_dir, "--plot", gone / "x.png"), str(gone))
+    assert_says(million("inspect", books_dir, "--plot", tmp_path / "x.tune"), ".tune", "png")
+    assert_says(million("inspect", books_dir, "--layer", 7), "no layer 7")
+    assert_says(million("calibrate", "--model", model_dir, "--text", gone, "--out", tmp_path / "o"), str(gone))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_are_none(million, books_dir, tmp_path):
+    generate = ("generate", "--codebooks", books_dir, "--prompt", "x")
+    (tmp_path / "model.bin").write_bytes(b"x")
+    assert_says(million(*generate, "--model", tmp_path / "model.bin"), ".gguf")
+    assert_says(million(*generate, "--model", tmp_path), "config.json")
+    assert_says(million(*generate, "--model", "no-such/model-at-all"), "no-such/model-at-all")
+
+
+def test_devices_that_are_none(million, model_dir, books_dir):
+    generate = ("generate", "--model", model_dir, "--codebooks", books_dir, "--prompt", "x")
+    assert_says(million(*generate, "--device", "abacus"), "abacus")
+    if not torch.cuda.is_available():
+        assert_says(million(*generate, "--device", "cuda"), "cuda")
+
+
+def test_texts_that_do_not_do(million, model_dir, books_dir, tmp_path):
+    evaluate = ("evaluate", "--model", model_dir, "--codebooks", books_dir, "--text", tmp_path / "t")
+    (tmp_path / "t").write_text("too short")
+    assert_says(million(*evaluate), "8192", "longer text")
+    (tmp_path / "t").write_text("  \n")
+    assert_says(million(*evaluate), "empty")
+    (tmp_path / "t").write_bytes(b"\xff\xfe\xfd")
+    assert_says(million(*evaluate), "UTF-8")
+    assert_says(
+        million("generate", "--model", model_dir, "--codebooks", books_dir, "--prompt", "", "--raw"), "prompt is empty"
+    )
+
+
+def test_too_little_calibration_text(million, model_dir, tmp_path):
+    calibrate = ("calibrate", "--model", model_dir, "--out", tmp_path / "books")
+    (tmp_path / "t").write_text("too short")
+    assert_says(million(*calibrate, "--text", tmp_path / "t"), "8192")
+    assert_says(million(*calibrate, "--tokens", 20), "256")
+    assert_says(million(*calibrate, "--out", tmp_path / "t"), "is a file")
+    assert not (tmp_path / "books").exists()
+
+
+def test_codebooks_of_another_model(million, tokenizer, books_dir, tmp_path):
+    tiny_llama(seed=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for command in (("generate", "--prompt", "x"), ("evaluate", "--context", 64, "--chunks", 1)):
+        assert_says(million(*command, "--model", tmp_path, "--codebooks", books_dir), "another model")
+
+
+def test_damaged_codebooks(million, books_dir, tmp_path):
+    for name in (CONFIG_NAME, TENSORS_NAME):
+        (tmp_path / name).write_bytes((books_dir / name).read_bytes()[:1000])
+    assert_says(million("inspect", tmp_path), str(tmp_path))
+
+
+def test_wrong_usage_exits_with_2(million, tmp_path):
+    assert million("calibrate").exit_code == 2
+    assert million("demo", "--preset", "5bit").exit_code == 2
+    assert million("evaluate", "--model", "m", "--codebooks", "b", "--context", 0).exit_code == 2
+    assert million("sing").exit_code == 2
+
+
+def test_debug_shows_the_traceback(million, tmp_path):
+    result = million("--debug", "inspect", tmp_path / "gone")
+    assert result.exit_code == 1
+    assert result.exception is not None
+    assert not isinstance(result.exception, SystemExit)

