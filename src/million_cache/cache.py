@@ -558,8 +558,9 @@ class MillionStaticCache(StaticCache):
         if tokens_to_remove == 0:
             return  # nothing to do, and nothing worth waiting for the device for
         self.check()
-        if not self.is_croppable:
-            kinds = sorted({type(x).__name__ for x in self.layers if not x.is_croppable})
+        # Not Cache.is_croppable, which the oldest supported transformers lack.
+        kinds = sorted({type(x).__name__ for x in self.layers if not getattr(x, "is_croppable", False)})
+        if kinds:
             raise NotImplementedError(f"layers of type {', '.join(kinds)} cannot be cropped")
         super().crop(tokens_to_remove)
 
