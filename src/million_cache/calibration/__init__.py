@@ -1,0 +1,136 @@
+"""Codebooks from a model and a few thousand tokens of text."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+
+import torch
+import transformers
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from million_cache.calibration.collect import collect
+from million_cache.calibration.train import train_layer
+from million_cache.codebook import Codebooks
+from million_cache.config import PQConfig
+from million_cache.models import check_length, check_supported, fingerprint, measure_rotations
+from million_ops.layout import CENTROIDS
+
+MIN_TOKENS = 4 * CENTROIDS  # below, most centroids would be single tokens
+GOOD_TOKENS = 16 * CENTROIDS
+
+
+def _sequences(tokens: Tensor, context: int, skip: int) -> list[Tensor]:
+    """Rows of ``tokens`` cut into contexts, without pieces that leave nothing after the first ``skip`` tokens."""
+    if tokens.ndim not in (1, 2) or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"tokens must be integers [T] or [B, T], got {tokens.dtype} {list(tokens.shape)}")
+    pieces = [piece for row in torch.atleast_2d(tokens).cpu().long() for piece in row.split(context)]
+    return [piece for piece in pieces if len(piece) > skip]
+
+
+@contextmanager
+def _progress(show: bool) -> Iterator[Progress]:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, disable=not show) as bar:
+        yield bar
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    config: PQConfig,
+    *,
+    seed: int = 0,
+    context: int = 2048,
+    iterations: int = 15,
+    require_frames: bool = False,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+) -> Codebooks:
+    """Train a model's codebooks on text (the recipe and what each part is worth: ``quality.md``).
+
+    Keys are un-rotated with the measured rotation and rotated again by a random offset inside a frame; each layer and KV head
+    gets a transform that balances energy over the subspaces, weighted by what queries make of the channels, and k-means
+    centroids. A layer whose keys do not rotate has no frames; one whose rotation is not recognised neither, with a warning.
+
+    Args:
+        model: any causal model that `check_supported` accepts, in any dtype.
+        tokens: token ids [T] or [B, T]; rows are cut into contexts. 8192 tokens of mixed text are good, more are a little better.
+        config: bits, frames and window.
+        seed: of everything random; the result is the same for the same seed on one machine.
+        context: tokens of a forward.
+        iterations: of k-means.
+        require_frames: raise instead of warn when a layer's rotation is not recognised.
+        progress: show progress bars.
+        device: where k-means runs; None: the model's.
+
+    Raises:
+        ValueError: too few tokens (says how many are needed), ids outside the vocabulary, NaN or inf in the activations, a
+            centroid beyond fp16 (says layer and head), a context beyond the model's RoPE, or frames required and not possible.
+        NotImplementedError: a model that cannot be served, see `check_supported`.
+    """
+    check_supported(model.config)
+    check_length(model.config, context)
+    if iterations < 1 or context <= config.sink_tokens:
+        raise ValueError(
+            f"need iterations >= 1 and context > {config.sink_tokens} sink tokens, got {iterations} and {context}"
+        )
+    sequences = _sequences(tokens, context, config.sink_tokens)
+    rows = sum(len(s) - config.sink_tokens for s in sequences)
+    if rows < MIN_TOKENS:
+        contexts = -(-MIN_TOKENS // (context - config.sink_tokens))
+        raise ValueError(
+            f"{CENTROIDS} centroids need at least {MIN_TOKENS} tokens of text, the first {config.sink_tokens} of every sequence "
+            f"not counted: got {rows}, give at least {MIN_TOKENS + contexts * config.sink_tokens} in sequences of {context}"
+        )
+    if rows < GOOD_TOKENS:
+        warnings.warn(f"codebooks trained on {rows} tokens are poor; give at least {GOOD_TOKENS}", stacklevel=2)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    low, high = min(int(s.min()) for s in sequences), max(int(s.max()) for s in sequences)
+    if low < 0 or high >= vocabulary:
+        raise ValueError(f"token ids must be in [0, {vocabulary}), got {low} .. {high}")
+
+    rotations = measure_rotations(model)
+    unknown = [i for i, r in rotations.items() if r.kind == "unknown"]
+    if unknown and config.frame_tokens:
+        message = f"the rotation of the keys of layers {unknown} is not one that frames can undo"
+        if require_frames:
+            raise ValueError(f"{message}, and frames are required")
+        warnings.warn(
+            f"{message}; they are encoded without frames, at lower quality beyond {context} tokens", stacklevel=2
+        )
+
+    generator = torch.Generator().manual_seed(seed)
+    device = torch.device(model.device if device is None else device)
+    with _progress(progress) as bar:
+        task = bar.add_task("Reading text", total=len(sequences))
+        samples, positions = collect(model, sequences, config.sink_tokens, generator, lambda: bar.advance(task))
+        task = bar.add_task("Training codebooks", total=len(samples))
+        layers, report = {}, {}
+        for i in sorted(samples):
+            layers[i], report[i] = train_layer(
+                samples.pop(i), positions, rotations[i], config,
+                iterations=iterations, generator=generator, device=device, name=f"layer {i}",
+            )  # fmt: skip
+            bar.advance(task)
+
+    used = torch.cat(sequences)
+    provenance = {
+        "model": model.config.name_or_path,
+        "tokens": len(used),
+        "tokens_sha256": hashlib.sha256(used.to(torch.int32).numpy().tobytes()).hexdigest(),
+        "context": context,
+        "seed": seed,
+        "iterations": iterations,
+        "model_dtype": str(model.dtype).removeprefix("torch."),
+        "device": device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    return Codebooks(config, fingerprint(model, rotations), layers, provenance, report)

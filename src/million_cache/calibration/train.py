@@ -1,0 +1,94 @@
+"""Codebooks of one layer from its sampled keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from million_cache.calibration.collect import LayerSample
+from million_cache.calibration.kmeans import assign, kmeans
+from million_cache.calibration.transform import average_over_rotation, key_transform
+from million_cache.codebook import LayerCodebooks, LayerReport
+from million_cache.config import PQConfig
+from million_cache.models import Rotation
+from million_ops.reference import rotate
+
+
+def framed_keys(keys: Tensor, positions: Tensor, offsets: Tensor, rotation: Rotation) -> Tensor:
+    """Keys as they look at other offsets of a frame: ``R(offset) R(-position) k``.
+
+    Args:
+        keys: [H, N, D], rotated by the model for ``positions`` [N].
+        offsets: [N], where in its frame each key is put.
+        rotation: the layer's, "half" or "interleaved".
+
+    Returns:
+        [H, N, D] fp32.
+    """
+    return rotate(keys.float(), offsets - positions, rotation.inv_freq, rotation.kind == "interleaved")
+
+
+def _codebook(
+    x: Tensor, d: int, iterations: int, generator: torch.Generator, where: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Train on x [H, N, D] fp32: codebook [H, 256, S, d] fp16, energy and distortion of each subspace [H, S] fp32."""
+    H, _, D = x.shape
+    points = x.unflatten(2, (D // d, d)).transpose(1, 2).flatten(0, 1).contiguous()  # [H * S, N, d]
+    centroids = kmeans(points, iterations, generator).half()
+    overflow = centroids.view(H, -1).isinf().any(1)
+    if overflow.any():
+        head = int(overflow.nonzero()[0])
+        raise ValueError(
+            f"{where}, KV head {head}: a centroid exceeds fp16's range (largest entry {x[head].abs().max():.3g})"
+        )
+    energy = (points - points.mean(1, keepdim=True)).square().sum(-1).mean(1).view(H, D // d)
+    distortion = assign(points, centroids.float())[1].mean(1).view(H, D // d)
+    return centroids.view(H, D // d, -1, d).transpose(1, 2).contiguous(), energy, distortion
+
+
+def train_layer(
+    sample: LayerSample,
+    positions: Tensor,
+    rotation: Rotation,
+    config: PQConfig,
+    *,
+    iterations: int,
+    generator: torch.Generator,
+    device: torch.device,
+    name: str,
+) -> tuple[LayerCodebooks, LayerReport]:
+    """Transform and codebooks of one layer.
+
+    Args:
+        positions: [N], of the sample's rows.
+        generator: on the CPU, so that a seed means the same on every device.
+        name: of the layer, for messages.
+
+    Returns:
+        Codebooks and report, on the CPU. Raises ValueError when a centroid exceeds fp16's range.
+    """
+    rotated = rotation.kind in ("half", "interleaved")
+    frame_tokens = config.frame_tokens if rotated else 0
+    keys, values = sample.keys.to(device).float(), sample.values.to(device).float()
+    if frame_tokens:
+        offsets = torch.randint(frame_tokens, positions.shape, generator=generator).to(device)
+        keys = framed_keys(keys, positions.to(device), offsets, rotation)
+    weight = sample.query_moment.to(device)
+    if rotated:
+        weight = average_over_rotation(weight, 2 * rotation.inv_freq.numel(), rotation.kind == "interleaved")
+    centred = keys - keys.mean(1, keepdim=True)
+    covariance = centred.transpose(1, 2) @ centred / keys.shape[1]
+    transform, inverse = key_transform(covariance, weight, config.k_subspace_dim)
+    keys = keys @ transform.transpose(1, 2)
+    k_codebook, k_energy, k_distortion = _codebook(keys, config.k_subspace_dim, iterations, generator, f"{name}, keys")
+    v_codebook, v_energy, v_distortion = _codebook(
+        values, config.v_subspace_dim, iterations, generator, f"{name}, values"
+    )
+    codebooks = LayerCodebooks(
+        k_codebook, v_codebook, transform, inverse,
+        inv_freq=rotation.inv_freq if rotated else None,
+        rope_interleaved=rotation.kind == "interleaved",
+        frame_tokens=frame_tokens,
+    )  # fmt: skip
+    report = LayerReport(*(x.cpu() for x in (k_energy, k_distortion, v_energy, v_distortion)))
+    return codebooks.to("cpu"), report
