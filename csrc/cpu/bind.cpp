@@ -409,4 +409,4 @@ STABLE_TORCH_LIBRARY_IMPL(million_ops, CPU, m) {
 }
 
 // Read through ctypes by `million_ops.backends()`.
-extern "C" const char* million_cpu_isa() { return million::pick_kernels().name; }
+extern "C" __attribute__((visibility("default"))) const char* million_cpu_isa() { return million::pick_kernels().name; }

@@ -14,9 +14,9 @@
 namespace million {
 namespace MILLION_ISA {
 
-typedef float vf4 __attribute__((vector_size(16), aligned(4), may_alias));
-typedef float vf8 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef float vf16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float vf4 __attribute__((vector_size(16)));
+typedef float vf8 __attribute__((vector_size(32)));
+typedef float vf16 __attribute__((vector_size(64)));
 typedef int32_t vi4 __attribute__((vector_size(16)));
 typedef int32_t vi8 __attribute__((vector_size(32)));
 typedef int32_t vi16 __attribute__((vector_size(64)));
@@ -35,11 +35,13 @@ constexpr int W = sizeof(vf) / sizeof(float);
 
 template <class V>
 static inline V load(const float* p) {
-  return *reinterpret_cast<const V*>(p);
+  V x;
+  memcpy(&x, p, sizeof(V));
+  return x;
 }
 template <class V>
 static inline void store(float* p, V x) {
-  *reinterpret_cast<V*>(p) = x;
+  memcpy(p, &x, sizeof(V));
 }
 
 static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
