@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -60,7 +61,11 @@ def mistakes() -> Iterator[None]:
     from million_cache.loading import UserError
 
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: err.print(
+                Text.assemble(("warning: ", "yellow"), str(message)), soft_wrap=True
+            )
+            yield
     except (UserError, ValueError, NotImplementedError, OSError) as error:
         if settings["debug"]:
             raise
@@ -99,7 +104,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Directory to write the codebooks to; a checkpoint's own will do.")],
     text: Annotated[Path | None, typer.Option(help="UTF-8 text. Default: the text in the package.")] = None,
     preset: Annotated[Preset, typer.Option(help="Bits of a cached element.")] = Preset.BIT4,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to use.")] = 8192,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to use, in whole contexts.")] = 8192,
     context: Annotated[int, typer.Option(min=16, help="Tokens of one forward.")] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Of the k-means start and the random positions.")] = 0,
     recent: Annotated[

@@ -45,13 +45,19 @@ def calibrate_text(
     context: int = 2048,
     seed: int = 0,
 ) -> Codebooks:
-    """Codebooks from the first ``tokens`` tokens of ``text``, with the text's name and SHA-256 in their provenance.
+    """Codebooks from the start of ``text``, with the text's name and SHA-256 in their provenance.
+
+    Args:
+        source: what to call the text.
+        tokens: how many to use, in whole contexts: the rest of the division is left out.
+        context: tokens of one forward.
 
     Raises:
         UserError: the text holds fewer tokens.
         ValueError: too few tokens for the number of centroids.
     """
-    ids = contexts(tokenizer, text, tokens, 1, source)[0]
+    context = min(context, tokens)
+    ids = contexts(tokenizer, text, context, tokens // context, source)
     books = calibrate(model, ids, config, seed=seed, context=context)
     books.provenance |= {"text": source, "text_sha256": _sha256(text)}
     return books

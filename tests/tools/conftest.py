@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -31,7 +33,7 @@ def tokens(tokenizer):
 @pytest.fixture(scope="session")
 def books(model, tokenizer):
     """1 bit codebooks of the tiny model, window and sinks as small as they get: everything that can differ does."""
-    ids = torch.tensor(tokenizer(shipped_text("calibration"), verbose=False).input_ids[:1024])
+    ids = torch.tensor(tokenizer(shipped_text("calibration"), verbose=False).input_ids[:4200])
     config = PQConfig(k_subspace_dim=8, v_subspace_dim=8, frame_tokens=128, recent_tokens=8, sink_tokens=2)
     return calibrate(model, ids, config, context=512, iterations=3, progress=False)
 
@@ -52,8 +54,9 @@ def books_dir(books, tmp_path_factory):
 
 
 @pytest.fixture
-def million():
-    """Run ``million`` with arguments; ``.exit_code``, ``.stdout``, ``.stderr``."""
+def million(monkeypatch):
+    """Run ``million`` with arguments; ``.exit_code``, ``.stdout``, ``.stderr``. Calibration is short."""
+    monkeypatch.setattr("million_cache.programs.calibrate", partial(calibrate, iterations=2))
     return lambda *args, **kwargs: CliRunner().invoke(app, [str(x) for x in args], **kwargs)
 
 

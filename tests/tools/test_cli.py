@@ -35,10 +35,10 @@ def test_presets_of_the_program_are_those_of_the_package():
 
 def test_calibrate_writes_codebooks_with_their_provenance(million, model_dir, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("In the beginning was the word, and the word was a token. " * 200)
+    text.write_text("In the beginning was the word, and the word was a token. " * 300)
     out = tmp_path / "books"
     result = million(
-        "calibrate", "--model", model_dir, "--text", text, "--preset", "2bit", "--tokens", 1024, "--context", 512, "--seed", 3,
+        "calibrate", "--model", model_dir, "--text", text, "--preset", "2bit", "--tokens", 2100, "--context", 512, "--seed", 3,
         "--recent", 16, "--sinks", 1, "--device", "cpu", "--dtype", "float32", "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
@@ -47,12 +47,14 @@ def test_calibrate_writes_codebooks_with_their_provenance(million, model_dir, tm
     assert (books.config.recent_tokens, books.config.sink_tokens, books.config.bits_per_element) == (16, 1, 2)
     assert books.provenance["text"] == str(text)
     assert len(books.provenance["text_sha256"]) == 64
+    assert (books.provenance["tokens"], books.provenance["seed"]) == (4 * 512, 3)
     assert "2 bit" in result.stderr
+    assert "warning: codebooks trained on" in " ".join(result.stderr.split())
 
 
 def test_calibrate_takes_the_shipped_text_by_default(million, model_dir, tmp_path):
     result = million(
-        "calibrate", "--model", model_dir, "--preset", "1bit", "--tokens", 512, "--out", tmp_path / "books"
+        "calibrate", "--model", model_dir, "--preset", "1bit", "--tokens", 2048, "--out", tmp_path / "books"
     )
     assert result.exit_code == 0, result.stderr
     assert "shipped" in Codebooks.from_pretrained(tmp_path / "books").provenance["text"]
@@ -65,7 +67,7 @@ def test_an_interrupted_calibration_leaves_nothing(million, model_dir, tmp_path,
 
     monkeypatch.setattr("million_cache.codebook.save_file", interrupted)
     result = million(
-        "calibrate", "--model", model_dir, "--preset", "1bit", "--tokens", 512, "--out", tmp_path / "books"
+        "calibrate", "--model", model_dir, "--preset", "1bit", "--tokens", 2048, "--out", tmp_path / "books"
     )
     assert result.exit_code != 0
     assert list(tmp_path.iterdir()) == []
