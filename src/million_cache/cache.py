@@ -103,7 +103,7 @@ class Clock:
         self.time.copy_(torch.stack((past, past + n, torch.where(total > past, lost, ring_lo))))
 
     def commit(self) -> None:
-        past, total, ring_lo = self.time.unbind()
+        _, total, ring_lo = self.time.unbind()
         self.time.copy_(torch.stack((total, total, ring_lo)))
 
     def crop(self, n: int) -> None:
@@ -134,6 +134,7 @@ class CacheState:
         self.recent_tokens, self.sink_tokens, self.first_position = recent_tokens, sink_tokens, first_position
         self.clocks: list[Clock] = []
         self.empty = True  # no forward has finished since the last reset
+        self.fed = 0  # tokens that eager forwards are known to have fed: at most the clock's
         self.million = False  # whether the tokens it holds came through the million attention function
         self.fingerprint_seen = False
 
@@ -299,13 +300,16 @@ class MillionLayer(StaticLayer):
         return result
 
     def _check_capacity(self, n: int) -> None:
-        # Reading the clock is free on the CPU. On a GPU it would wait for the device in every step, so there the mask function
-        # checks the length of the 2-D mask, the op drops what does not fit, and `check` reports it.
-        past = 0 if self.state.empty else int(self.clock.time[0]) if self.device.type == "cpu" else None
-        if past is not None and past + n > self.max_cache_len:
+        # Reading the clock is free on the CPU. On a GPU it would wait for the device in every step: there the host counts what
+        # eager forwards feed. Compiled steps escape that count; the mask function sees the length of the 2-D mask, the op
+        # drops what does not fit, and `check` reports it.
+        state = self.state
+        past = 0 if state.empty else int(self.clock.time[0]) if self.device.type == "cpu" else state.fed
+        if past + n > self.max_cache_len:
             raise ValueError(
                 f"the cache holds {past} tokens and max_cache_len is {self.max_cache_len}: {n} more do not fit; nothing was written"
             )
+        state.fed = past + n
 
     def _update_dequantised(self, k: Tensor, v: Tensor, fresh: bool) -> tuple[Tensor, Tensor]:
         """Append, and rebuild the whole cache in full precision, with every token that is held exactly overlaid exactly."""
@@ -371,6 +375,7 @@ class MillionLayer(StaticLayer):
         if drop > past:
             raise ValueError(f"the cache holds {past} tokens, {drop} cannot be dropped")
         self.clock.crop(drop)
+        self.state.fed = past - drop
         if drop == past:
             self.state.empty = True
 

@@ -27,7 +27,7 @@ class RecordingCache(DynamicCache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         past = int(self.get_seq_length(layer_idx)) if layer_idx < len(self.layers) else 0
-        self.seen.append((layer_idx, past, key_states.detach().clone(), value_states.detach().clone()))
+        self.seen.append((layer_idx, past, key_states.detach().cpu().clone(), value_states.detach().cpu().clone()))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
@@ -55,26 +55,25 @@ def lossless_codebooks(model, recordings: list[RecordingCache], config: PQConfig
     layers = {}
     for i in full_attention_layers(text):
         rotation = rotations[i]
-        frame_tokens = config.frame_tokens if rotation.inv_freq is not None else 0
+        inv_freq = None if rotation.inv_freq is None else rotation.inv_freq.cpu()
+        frame_tokens = config.frame_tokens if inv_freq is not None else 0
         keys, values = [], []
         for recording in recordings:
             for layer, past, k, v in recording.seen:
                 if layer != i:
                     continue
                 B, H, n, D = k.shape
-                transform = well_conditioned(H, D, seed=i).to(k.device)
-                rows = (
-                    torch.zeros(B, dtype=torch.long)
-                    if start is None
-                    else start.long().repeat_interleave(B // len(start))
-                )
+                transform = well_conditioned(H, D, seed=i)
+                rows = torch.zeros(B, dtype=torch.long)
+                if start is not None:
+                    rows += start.cpu().repeat_interleave(B // len(start))
                 slots = past + torch.arange(n)
                 x = to_frame(
                     k,
                     slots,
                     first_position - rows,
                     transform,
-                    rotation.inv_freq,
+                    inv_freq,
                     frame_tokens,
                     rotation.kind == "interleaved",
                 )
@@ -86,7 +85,7 @@ def lossless_codebooks(model, recordings: list[RecordingCache], config: PQConfig
             v_codebook=_codebook(torch.cat(values, 1), config.v_subspace_dim),
             k_transform=transform,
             k_transform_inv=torch.linalg.inv(transform),
-            inv_freq=rotation.inv_freq,
+            inv_freq=inv_freq,
             rope_interleaved=rotation.kind == "interleaved",
             frame_tokens=frame_tokens,
         )

@@ -6,25 +6,26 @@ import re
 
 import pytest
 import torch
-from tests.cache.lossless import RecordingCache, lossless_codebooks
-from tests.cache.tiny_models import tiny_llama
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 from million_cache import MillionStaticCache, PQConfig, disable, enable
+from tests.cache.lossless import RecordingCache, lossless_codebooks
+from tests.cache.tiny_models import tiny_llama
 
 CONFIG = PQConfig(k_subspace_dim=2, v_subspace_dim=4, frame_tokens=8, recent_tokens=4, sink_tokens=2)
 MAX_LEN = 64
 
 
 @pytest.fixture(scope="module")
-def ids():
-    return torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(4))
+def ids(device):
+    return torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(4)).to(device)
 
 
 @pytest.fixture(scope="module")
 def model_and_books(ids):
-    model = tiny_llama()
+    model = tiny_llama().to(ids.device)
     recording = RecordingCache(model.config)
     with torch.no_grad():
         model(ids, past_key_values=recording)
@@ -42,7 +43,7 @@ def fresh_dynamo():
 
 
 def new_cache(model, books, batch=2):
-    return MillionStaticCache(model.config, books, MAX_LEN, batch_size=batch, dtype=torch.float32)
+    return MillionStaticCache(model.config, books, MAX_LEN, batch, model.device, torch.float32)
 
 
 def steps(step, model, cache, ids, prefill=12):
@@ -143,3 +144,52 @@ def test_generate_compiles_by_itself(model_and_books, ids):
         )
         assert torch.equal(want, got)
     assert len(graphs) == 1
+
+
+def test_cuda_graphs(model_and_books, ids):
+    """mode="reduce-overhead" captures the step: no skip, the tokens of eager at every length, a second cache and a reset included."""
+    model, books = model_and_books
+    if ids.device.type != "cuda":
+        pytest.skip("needs a GPU")
+    counters.clear()
+    want = steps(model, model, new_cache(model, books), ids)
+    step = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+
+    def compiled(*args, **kwargs):
+        torch.compiler.cudagraph_mark_step_begin()
+        out = step(*args, **kwargs)
+        out.logits = out.logits.clone()  # the graph's next replay overwrites it
+        return out
+
+    cache = new_cache(model, books)
+    for again in (cache, new_cache(model, books), cache):
+        again.reset()
+        torch.testing.assert_close(steps(compiled, model, again, ids), want, rtol=1e-3, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_generate_uses_cuda_graphs(model_and_books, ids):
+    """What `generate` does by itself on a GPU: compiles with CUDA graphs, for a second prompt, cache and padded batch without a new graph."""
+    model, books = model_and_books
+    if ids.device.type != "cuda":
+        pytest.skip("needs a GPU")
+    counters.clear()
+    arguments = {"max_new_tokens": 16, "do_sample": False}
+    mask = torch.ones_like(ids[:, :12])
+    mask[1, :5] = 0
+    for start, attention_mask in ((0, torch.ones_like(mask)), (3, torch.ones_like(mask)), (0, mask)):
+        prompt = ids[:, start : start + 12]
+        want = model.generate(
+            prompt,
+            attention_mask=attention_mask,
+            past_key_values=new_cache(model, books),
+            disable_compile=True,
+            **arguments,
+        )
+        got = model.generate(
+            prompt, attention_mask=attention_mask, past_key_values=new_cache(model, books), **arguments
+        )
+        assert torch.equal(want, got)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0
