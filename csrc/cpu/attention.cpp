@@ -23,15 +23,14 @@
 namespace million {
 namespace MILLION_ISA {
 
-constexpr int64_t kTile = kBlockTokens;
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 static inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return max_of(low, min_of(x, high)); }
 
 // Scratch of a thread, cut from one piece of memory.
 struct Scratch {
-  float *k_table, *v_table;                 // codebooks of the current head
-  float *keys, *values;                     // the tile: [D][kTile] and [kTile][D]
+  uint8_t *k_planes, *v_planes;             // codebooks of the current head
+  float *keys, *values;                     // the tile: [D][kTile] and [kTile][row_stride(D)]
   float *queries, *framed;                  // [rows][D] scaled queries, and prepared for a frame
   float *scores, *mixed;                    // [rows][kTile], and the part of another frame
   float *partial;                           // [rows][D + 2]: numerator, reference maximum, denominator
@@ -42,20 +41,20 @@ struct Scratch {
   Scratch(const Attention& a, char* memory) {
     const int64_t D = a.layer.D, rows = a.block_rows();
     size_t at = 0;
-    const auto floats = [&](int64_t count) {
+    const auto bytes_of = [&](int64_t count) {
       const size_t from = at;
-      at = (at + count * sizeof(float) + 63) / 64 * 64;
-      return reinterpret_cast<float*>(memory + from);
+      at = (at + count + 63) / 64 * 64;
+      return reinterpret_cast<uint8_t*>(memory + from);
     };
-    k_table = floats(kCentroids * D), v_table = floats(kCentroids * D);
-    keys = floats(kTile * D), values = floats(kTile * D);
+    const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(bytes_of(count * sizeof(float))); };
+    k_planes = bytes_of(Decoder::planes_bytes(D)), v_planes = bytes_of(Decoder::planes_bytes(D));
+    keys = floats(kTile * D), values = floats(kTile * row_stride(D));
     queries = floats(rows * D), framed = floats(rows * D);
     scores = floats(rows * kTile), mixed = floats(rows * kTile);
     partial = floats(rows * (D + 2));
     decay = floats(rows), cosines = floats(D), sines = floats(D);
-    visible = reinterpret_cast<uint8_t*>(floats(a.block_queries * kTile / 4));
-    k_codes = reinterpret_cast<uint8_t*>(floats(kTile * D / 8));
-    v_codes = reinterpret_cast<uint8_t*>(floats(kTile * D / 8));
+    visible = bytes_of(a.block_queries * kTile);
+    k_codes = bytes_of(kTile * D / 2), v_codes = bytes_of(kTile * D / 2);
     bytes = at;
   }
 };
@@ -67,14 +66,17 @@ struct Item {
   const Attention& a;
   const Layer& layer;
   const Scratch& s;
+  const Decoder &keys, &values;
   const int64_t h, b, q0, q1, D, rows;
   float* const partial;
   int64_t start, coded_first, end, frame = -1;
 
-  Item(const Attention& args, const Scratch& scratch, int64_t index, float* to)
+  Item(const Attention& args, const Scratch& scratch, const Decoder& k, const Decoder& v, int64_t index, float* to)
       : a(args),
         layer(args.layer),
         s(scratch),
+        keys(k),
+        values(v),
         h(index / (args.splits * args.blocks * args.layer.B)),
         b(index / (args.splits * args.blocks) % args.layer.B),
         q0(index / args.splits % args.blocks * args.block_queries),
@@ -142,8 +144,8 @@ struct Item {
         const vf x = load<vf>(score + t);
         high = x > high ? x : high;
       }
-      float top = maximum;
-      for (int i = 0; i < W; i++) top = high[i] > top ? high[i] : top;
+      const auto larger = [](float x, float y) { return x > y ? x : y; };
+      const float top = larger(reduce_lanes(high, larger), maximum);
       // Nothing seen so far: any finite reference does, the probabilities are exactly zero.
       const float reference = top == -INFINITY ? 0.0f : top;
       vf sum = {};
@@ -152,21 +154,17 @@ struct Item {
         sum += p;
         store(score + t, p);
       }
-      float total = 0.0f;
-      for (int i = 0; i < W; i++) total += sum[i];
-      s.decay[r] = maximum == -INFINITY ? 0.0f : exp2f(maximum - top);
+      s.decay[r] = maximum == top ? 1.0f : exp2f(maximum - top);
       float& denominator = partial[r * (D + 2) + D + 1];
-      denominator = denominator * s.decay[r] + total;
+      denominator = denominator * s.decay[r] + reduce_lanes(sum, [](float x, float y) { return x + y; });
       maximum = top;
     }
-    gemm(rows, D, tokens, s.scores, kTile, s.values, D, s.decay, partial, D + 2);
+    gemm(rows, D, tokens, s.scores, kTile, s.values, row_stride(D), s.decay, partial, D + 2);
   }
 
   // Slots [slot, slot + kTile) from codes.
   void coded_tile(int64_t slot) {
-    const uint8_t* codes =
-        codes_by_subspace(layer.k, layer.k.codes + (b * layer.H + h) * layer.k.slots * layer.k.S, slot, s.k_codes);
-    decode_columns(layer.k, codes, s.k_table, s.keys);
+    keys.columns(b * layer.H + h, slot, s.keys, s.values);
     const int64_t F = layer.inv_freq ? layer.frame_tokens : INT64_MAX;
     const int64_t from = max_of(slot, coded_first), to = min_of(slot + kTile, ring_first(q1 - 1));
     for (int64_t f = from / F; f * F < to; f++) {
@@ -180,8 +178,7 @@ struct Item {
         memcpy(s.scores + r * kTile + low, s.mixed + r * kTile + low, (high - low) * sizeof(float));
     }
 
-    codes = codes_by_subspace(layer.v, layer.v.codes + (b * layer.H + h) * layer.v.slots * layer.v.S, slot, s.v_codes);
-    decode_rows(layer.v, codes, s.v_table, s.values);
+    values.rows(b * layer.H + h, slot, s.values);
     const bool whole = !a.mask && slot >= coded_first && slot + kTile <= ring_first(q0);
     for (int64_t j = whole ? q1 : q0; j < q1; j++) {
       const int64_t stop = ring_first(j);
@@ -225,16 +222,16 @@ struct Item {
         seen |= sees;
       }
       if (!seen) v_from[t] = nullptr;
-      to_floats(layer.dtype, k_from, s.values + t * D, D);
+      to_floats(layer.dtype, k_from, s.values + t * row_stride(D), D);
     }
-    transpose_tile(s.values, count, D, s.keys);
+    transpose_tile(s.values, count, D, row_stride(D), s.keys);
     gemm(rows, kTile, D, s.queries, D, s.keys, kTile, nullptr, s.scores, kTile);
     // What nobody may see can be anything, NaN included, and 0 * NaN must not reach the sum.
     for (int64_t t = 0; t < count; t++)
       if (v_from[t])
-        to_floats(layer.dtype, v_from[t], s.values + t * D, D);
+        to_floats(layer.dtype, v_from[t], s.values + t * row_stride(D), D);
       else
-        memset(s.values + t * D, 0, D * sizeof(float));
+        memset(s.values + t * row_stride(D), 0, D * sizeof(float));
     accumulate(count, s.visible);
   }
 
@@ -284,13 +281,14 @@ static void finish(const Attention& a, int64_t group, float* partials, int64_t s
 void attend(const Attention& a, int64_t begin, int64_t end, char* memory) {
   const Scratch s(a, memory);
   const int64_t step = a.block_rows() * (a.layer.D + 2), items_per_head = a.items() / a.layer.H;
-  int64_t table_head = -1;
+  Decoder keys{a.layer.k, s.k_planes, s.k_codes}, values{a.layer.v, s.v_planes, s.v_codes};
+  int64_t prepared_head = -1;
   for (int64_t index = begin; index < end; index++) {
     const int64_t h = index / items_per_head;
-    if (h != table_head) make_table(a.layer.k, h, s.k_table), make_table(a.layer.v, h, s.v_table);
-    table_head = h;
+    if (h != prepared_head) keys.set_head(h), values.set_head(h);
+    prepared_head = h;
     float* partial = a.splits > 1 ? a.partials + index * step : s.partial;
-    Item(a, s, index, partial).run(index % a.splits);
+    Item(a, s, keys, values, index, partial).run(index % a.splits);
     if (a.splits == 1) finish(a, index, partial, 1, step);
   }
 }

@@ -61,10 +61,16 @@ static inline uint32_t as_bits(float f) {
 // ---- fp16 and bf16 ----
 
 static inline float half_to_float(uint16_t h) {
+#if defined(__aarch64__)
+  __fp16 x;
+  memcpy(&x, &h, 2);
+  return x;
+#else
   const uint32_t w = uint32_t(h) << 16, twice = w + w;
   const float normal = as_float((twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
   const float subnormal = as_float((twice >> 17) | (126u << 23)) - 0.5f;
   return as_float((w & 0x80000000u) | as_bits(twice < (1u << 27) ? subnormal : normal));
+#endif
 }
 
 // Round to nearest even. Adding a power of two of the right size lets the FPU round at fp16's last bit.
@@ -82,6 +88,19 @@ static inline uint16_t float_to_half(float f) {
 static inline uint16_t float_to_bf16(float f) {
   const uint32_t u = as_bits(f);
   return f != f ? uint16_t(0x7FC0) : uint16_t((u + 0x7FFFu + ((u >> 16) & 1)) >> 16);
+}
+
+// `count` halves that share a centroid: 2, 4 or 8.
+template <int count>
+static inline void halves_to_floats(const uint16_t* from, float* to) {
+#if defined(__F16C__)
+  __m128i packed = _mm_setzero_si128();
+  memcpy(&packed, from, 2 * count);
+  const __m256 x = _mm256_cvtph_ps(packed);
+  memcpy(to, &x, 4 * count);
+#else
+  for (int i = 0; i < count; i++) to[i] = half_to_float(from[i]);
+#endif
 }
 
 static inline void halves_to_floats(const uint16_t* from, float* to, int64_t count) {
@@ -135,19 +154,28 @@ static inline void transpose4(vf4& a, vf4& b, vf4& c, vf4& d) {
   d = MILLION_SHUFFLE(ab_hi, cd_hi, 2, 3, 6, 7);
 }
 
-// from [tokens][D] to [D][kBlockTokens]; tokens are taken in fours, so rows up to the next multiple of 4 are read.
-static inline void transpose_tile(const float* from, int64_t tokens, int64_t D, float* to) {
+// from [tokens][stride] to [D][kBlockTokens]; tokens are taken in fours, so rows up to the next multiple of 4 are read.
+static inline void transpose_tile(const float* from, int64_t tokens, int64_t D, int64_t stride, float* to) {
   for (int64_t t = 0; t < tokens; t += 4)
     for (int64_t i = 0; i < D; i += 4) {
-      vf4 a = load<vf4>(from + t * D + i), b = load<vf4>(from + (t + 1) * D + i);
-      vf4 c = load<vf4>(from + (t + 2) * D + i), d = load<vf4>(from + (t + 3) * D + i);
+      vf4 a = load<vf4>(from + t * stride + i), b = load<vf4>(from + (t + 1) * stride + i);
+      vf4 c = load<vf4>(from + (t + 2) * stride + i), d = load<vf4>(from + (t + 3) * stride + i);
       transpose4(a, b, c, d);
       float* p = to + i * kBlockTokens + t;
       store(p, a), store(p + kBlockTokens, b), store(p + 2 * kBlockTokens, c), store(p + 3 * kBlockTokens, d);
     }
 }
 
-// ---- elementary functions ----
+// ---- reductions and elementary functions ----
+
+template <class Combine>
+static inline float reduce_lanes(vf x, const Combine& combine) {
+  float lanes[W];
+  store(lanes, x);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] = combine(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
 
 // 2^x to 2 ulp for x <= 0; exactly 0 below -126 (so for -inf); NaN stays NaN.
 static inline vf exp2_nonpositive(vf x) {
