@@ -119,8 +119,7 @@ def million_attention(module, query, key, value, attention_mask, dropout=0.0, sc
     is_pair = attention_mask is not None and attention_mask.dtype == torch.int32
     if attention_mask is not None and not is_pair:
         attention_mask = _bool_mask(attention_mask)
-    # A single token of a compiled step cannot be padding: where the rows start is settled by then.
-    if layer.begins and (fresh or n > 1 or not torch.compiler.is_compiling()):
+    if layer.begins:
         _set_start(layer, attention_mask, is_pair)
     if fresh and n > 1:
         mask = attention_mask

@@ -43,7 +43,6 @@ FEATURES = {
     "chunked prefill": {**GREEDY, "prefill_chunk_size": 4},
     "chunked prefill by one": {**GREEDY, "prefill_chunk_size": 1},
     "beams": {**GREEDY, "max_new_tokens": 12, "num_beams": 3},
-    "beams, sampled": {"max_new_tokens": 12, "num_beams": 3, "do_sample": True},
 }
 
 
