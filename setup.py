@@ -26,7 +26,7 @@ CPU_SOURCES = ROOT / "csrc" / "cpu"
 KERNELS = ("attention.cpp", "encode.cpp")  # compiled once per instruction set
 BUILD = os.environ.get("MILLION_BUILD", "")
 STABLE_ABI = (2, 10)  # the oldest torch that the libraries load on
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 if platform.machine() in ("x86_64", "AMD64"):
     AVX2 = ["-mavx2", "-mfma", "-mf16c"]
     AVX512 = [f"-mavx512{x}" for x in ("f", "bw", "dq", "vl", "vbmi")]

@@ -103,22 +103,20 @@ static inline void halves_to_floats(const uint16_t* from, float* to) {
 #endif
 }
 
-static inline void halves_to_floats(const uint16_t* from, float* to, int64_t count) {
-  int64_t i = 0;
-#if defined(__AVX512F__)
-  for (; i + 16 <= count; i += 16)
-    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
-#elif defined(__F16C__)
-  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
-#endif
-  for (; i < count; i++) to[i] = half_to_float(from[i]);
-}
+static inline void load_halves(const uint16_t* from, vf8& x) { halves_to_floats<8>(from, reinterpret_cast<float*>(&x)); }
 
+#if defined(__AVX512F__)
+static inline void load_halves(const uint16_t* from, vf16& x) {
+  x = (vf16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+}
+#endif
+
+// `count` is a multiple of 8, as every head_dim is.
 static inline void to_floats(DType dtype, const char* from, float* to, int64_t count) {
   if (dtype == DType::f32) {
     memcpy(to, from, count * sizeof(float));
   } else if (dtype == DType::f16) {
-    halves_to_floats(reinterpret_cast<const uint16_t*>(from), to, count);
+    for (int64_t i = 0; i < count; i += 8) halves_to_floats<8>(reinterpret_cast<const uint16_t*>(from) + i, to + i);
   } else {
     const uint16_t* u = reinterpret_cast<const uint16_t*>(from);
     for (int64_t i = 0; i < count; i++) to[i] = as_float(uint32_t(u[i]) << 16);
@@ -130,7 +128,12 @@ static inline void from_floats(DType dtype, const float* from, char* to, int64_t
   if (dtype == DType::f32) {
     memcpy(to, from, count * sizeof(float));
   } else if (dtype == DType::f16) {
+#if defined(__F16C__)
+    for (int64_t i = 0; i < count; i += 8)
+      _mm_storeu_si128((__m128i*)(u + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#else
     for (int64_t i = 0; i < count; i++) u[i] = float_to_half(from[i]);
+#endif
   } else {
     for (int64_t i = 0; i < count; i++) u[i] = float_to_bf16(from[i]);
   }
@@ -140,8 +143,10 @@ static inline void from_floats(DType dtype, const float* from, char* to, int64_t
 
 #if defined(__clang__)
 #define MILLION_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define MILLION_PERMUTE(a, lanes, ...) __builtin_shufflevector(a, a, __VA_ARGS__)
 #else
 #define MILLION_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi4{__VA_ARGS__})
+#define MILLION_PERMUTE(a, lanes, ...) __builtin_shuffle(a, lanes{__VA_ARGS__})
 #endif
 
 // Four rows of four to four columns.
