@@ -1,0 +1,263 @@
+"""Codebook files: what is written is what is read, and every way of being wrong has its error."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from million_cache import codebook
+from million_cache.codebook import CONFIG_NAME, TENSORS_NAME, Codebooks, LayerCodebooks, LayerReport
+from million_cache.config import PQConfig
+from million_cache.models import fingerprint
+from tests.cache.tiny_models import tiny_llama, tiny_smollm3
+
+CONFIG = PQConfig(k_subspace_dim=2, v_subspace_dim=4, frame_tokens=64)
+H, D = 2, 32
+
+
+def make_layer(seed: int, rotated: bool = True) -> LayerCodebooks:
+    g = torch.Generator().manual_seed(seed)
+    transform = torch.randn(H, D, D, generator=g)
+    return LayerCodebooks(
+        k_codebook=torch.randn(H, 256, D // 2, 2, generator=g).half(),
+        v_codebook=torch.randn(H, 256, D // 4, 4, generator=g).half(),
+        k_transform=transform,
+        k_transform_inv=torch.linalg.inv(transform),
+        inv_freq=torch.rand(D // 2, generator=g) if rotated else None,
+        rope_interleaved=False,
+        frame_tokens=64 if rotated else 0,
+    )
+
+
+def make_report(seed: int) -> LayerReport:
+    g = torch.Generator().manual_seed(seed)
+    return LayerReport(*(torch.rand(H, s, generator=g) for s in (D // 2, D // 2, D // 4, D // 4)))
+
+
+@pytest.fixture(scope="module")
+def model_fingerprint():
+    return fingerprint(tiny_llama())
+
+
+@pytest.fixture
+def books(model_fingerprint) -> Codebooks:
+    layers = {0: make_layer(0), 1: make_layer(1, rotated=False)}
+    return Codebooks(CONFIG, model_fingerprint, layers, {"text": "a test"}, {i: make_report(i) for i in layers})
+
+
+@pytest.fixture
+def saved(books, tmp_path):
+    books.save_pretrained(tmp_path / "books")
+    return tmp_path / "books"
+
+
+def edit_header(directory, change) -> None:
+    path = directory / CONFIG_NAME
+    header = json.loads(path.read_text())
+    change(header)
+    path.write_text(json.dumps(header))
+
+
+def edit_tensors(directory, change) -> None:
+    """Change the tensors and keep the checksum right, as a faulty writer would."""
+    path = directory / TENSORS_NAME
+    named = load_file(path)
+    change(named)
+    save_file(named, path, metadata={"format": codebook.FORMAT})
+    edit_header(directory, lambda h: h.update(tensors_sha256=codebook._sha256(path)))
+
+
+# -- round trip -----------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(books, saved):
+    again = Codebooks.from_pretrained(saved)
+    assert (again.config, again.fingerprint, again.provenance) == (books.config, books.fingerprint, books.provenance)
+    assert again.layers.keys() == books.layers.keys() and again.nbytes == books.nbytes
+    for i, layer in books.layers.items():
+        assert (again.layers[i].frame_tokens, again.layers[i].rope_interleaved) == (layer.frame_tokens, False)
+        assert again.layers[i].tensors.keys() == layer.tensors.keys()
+        for name, tensor in layer.tensors.items():
+            assert torch.equal(again.layers[i].tensors[name], tensor)
+        for name, tensor in vars(books.report[i]).items():
+            assert torch.equal(getattr(again.report[i], name), tensor)
+
+
+def test_layers_may_share_a_tensor(books, tmp_path):
+    books.layers[1] = replace(books.layers[1], inv_freq=books.layers[0].inv_freq, frame_tokens=64)
+    books.save_pretrained(tmp_path / "shared")
+    assert torch.equal(Codebooks.from_pretrained(tmp_path / "shared").layers[1].inv_freq, books.layers[0].inv_freq)
+
+
+def test_saved_beside_a_checkpoint(books, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    books.save_pretrained(tmp_path)
+    books.save_pretrained(tmp_path)  # and over an older one
+    assert sorted(os.listdir(tmp_path)) == sorted(["config.json", CONFIG_NAME, TENSORS_NAME])
+    Codebooks.from_pretrained(tmp_path)
+
+
+def test_subfolder(books, tmp_path):
+    books.save_pretrained(tmp_path / "model" / "4bit")
+    assert Codebooks.from_pretrained(tmp_path / "model", subfolder="4bit").nbytes == books.nbytes
+
+
+def test_properties(books):
+    layer = books.layers[0]
+    assert (layer.kv_heads, layer.head_dim) == (H, D)
+    centroids = 2 * 2 * H * 256 * D
+    assert books.nbytes == 2 * (centroids + 2 * H * D * D * 4) + D // 2 * 4
+
+
+def test_caches_share_the_tensors_of_a_device(books):
+    assert books.to("cpu")[0] is books.to(torch.device("cpu"))[0]
+    assert books.to("cpu")[0].k_codebook is books.layers[0].k_codebook
+
+
+# -- interruption ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("step", ["save_file", "_sha256"])
+def test_interrupted_saving_leaves_nothing(books, tmp_path, monkeypatch, existing, step):
+    target = tmp_path / "books"
+    if existing:
+        target.mkdir()
+        (target / "config.json").write_text("{}")
+
+    def interrupt(first, path=None, **kwargs):
+        if step == "save_file":
+            path.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(codebook, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        books.save_pretrained(target)
+    assert os.listdir(tmp_path) == (["books"] if existing else [])
+    assert not existing or os.listdir(target) == ["config.json"]
+
+
+def test_pair_of_two_savings_is_refused(books, saved, tmp_path):
+    """What an interruption between the two renames over an older pair would leave."""
+    books.layers[0].k_codebook[0, 0, 0, 0] += 1
+    books.save_pretrained(tmp_path / "other")
+    os.replace(tmp_path / "other" / TENSORS_NAME, saved / TENSORS_NAME)
+    with pytest.raises(ValueError, match="not the tensor file"):
+        Codebooks.from_pretrained(saved)
+
+
+# -- what cannot be read --------------------------------------------------------------------------------------------------
+
+
+def test_no_such_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        Codebooks.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        Codebooks.from_pretrained("./nowhere")
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, TENSORS_NAME])
+def test_missing_file(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        Codebooks.from_pretrained(saved)
+
+
+def test_truncated_tensors(saved):
+    path = saved / TENSORS_NAME
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+        Codebooks.from_pretrained(saved)
+
+
+def test_foreign_tensors(saved):
+    save_file({"weight": torch.zeros(2)}, saved / TENSORS_NAME)
+    with pytest.raises(ValueError, match="but not one of million-codebooks"):
+        Codebooks.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not JSON"), ("[]", "does not describe"), ('{"format": "gguf"}', "does not describe")]
+)
+def test_foreign_config(saved, text, message):
+    (saved / CONFIG_NAME).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Codebooks.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("version", [2, None, "1"])
+def test_unknown_format_version(saved, version):
+    edit_header(saved, lambda h: h.update(format_version=version))
+    with pytest.raises(ValueError, match="this release reads version 1"):
+        Codebooks.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["config", "fingerprint", "layers", "provenance"])
+def test_missing_section(saved, name):
+    edit_header(saved, lambda h: h.pop(name))
+    with pytest.raises(ValueError, match=name):
+        Codebooks.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["layers.0.k_codebook", "layers.1.k_transform_inv", "layers.0.v_energy"])
+def test_missing_tensor(saved, name):
+    edit_tensors(saved, lambda named: named.pop(name))
+    with pytest.raises(ValueError, match=name.split(".")[2]):
+        Codebooks.from_pretrained(saved)
+
+
+def test_missing_layer(saved):
+    edit_header(saved, lambda h: h["layers"].pop("1"))
+    with pytest.raises(ValueError, match=r"needed for layers \[0, 1\], got \[0\]"):
+        Codebooks.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("k_codebook", lambda t: t[:, :128]),
+        ("k_codebook", lambda t: t.float()),
+        ("v_codebook", lambda t: t[:1]),
+        ("k_transform", lambda t: t[..., :8]),
+        ("k_transform_inv", lambda t: t.double()),
+        ("inv_freq", lambda t: t.half()),
+        ("inv_freq", lambda t: torch.cat((t, t))),
+        ("v_codebook", lambda t: t / 0),
+    ],
+)
+def test_wrong_tensor(saved, name, change):
+    def edit(named):
+        named[f"layers.0.{name}"] = change(named[f"layers.0.{name}"]).contiguous()
+
+    edit_tensors(saved, edit)
+    with pytest.raises(ValueError, match="layer 0: "):
+        Codebooks.from_pretrained(saved)
+
+
+def test_config_of_other_bits(saved):
+    edit_header(saved, lambda h: h["config"].update(k_subspace_dim=4))
+    with pytest.raises(ValueError, match=r"k_codebook must be \[2, 256, 8, 4\]"):
+        Codebooks.from_pretrained(saved)
+
+
+def test_frames_without_rotation(books):
+    with pytest.raises(ValueError, match="frame_tokens must be 0"):
+        replace(books, layers={**books.layers, 1: replace(books.layers[1], frame_tokens=64)})
+
+
+def test_layers_of_another_model(books):
+    with pytest.raises(ValueError, match="codebooks are needed for layers"):
+        replace(books, layers={0: books.layers[0]})
+
+
+def test_smollm3_layers_differ(tmp_path):
+    model = tiny_smollm3()
+    books = Codebooks(CONFIG, fingerprint(model), {0: make_layer(0), 1: make_layer(1, rotated=False)})
+    books.save_pretrained(tmp_path / "x")
+    again = Codebooks.from_pretrained(tmp_path / "x")
+    assert again.layers[1].inv_freq is None and again.report == {}
