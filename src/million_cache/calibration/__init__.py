@@ -47,7 +47,7 @@ def calibrate(
     *,
     seed: int = 0,
     context: int = 2048,
-    iterations: int = 15,
+    iterations: int = 8,
     require_frames: bool = False,
     progress: bool = True,
     device: torch.device | str | None = None,
@@ -64,7 +64,7 @@ def calibrate(
         config: bits, frames and window.
         seed: of everything random; the result is the same for the same seed on one machine.
         context: tokens of a forward.
-        iterations: of k-means.
+        iterations: of k-means. 30 leave 1 to 2 % less distortion on text that was not trained on, in four times the time.
         require_frames: raise instead of warn when a layer's rotation is not recognised.
         progress: show progress bars.
         device: where k-means runs; None: the model's.

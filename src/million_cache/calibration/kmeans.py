@@ -14,7 +14,7 @@ from million_ops.layout import CENTROIDS
 SCORES_CPU, SCORES_GPU = 1 << 18, 1 << 26
 SUBSAMPLE = 4  # all but the last iterations look at this fraction of the points, if that leaves enough of them
 MIN_SUBSAMPLE = 8 * CENTROIDS
-POLISH = 4  # iterations over all points at the end
+POLISH = 3  # iterations over all points at the end
 
 
 def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
