@@ -60,10 +60,20 @@ static void encode_token(const float* x, const uint16_t* codebook, int64_t D, ui
   for (; i < D; i += 8) encode_channels<d, vf8, vi8, 1>(x + i, codebook + i, D, codes + i / d);
 }
 
-// A block of tokens, given as columns [D][kBlockTokens]: lanes are tokens, C vectors of them at a time.
+// The sum of d vectors in the order of `sum_groups`.
+template <int d>
+struct SumOf {
+  static vf tree(const vf* x) { return SumOf<d / 2>::tree(x) + SumOf<d / 2>::tree(x + d / 2); }
+};
+template <>
+struct SumOf<1> {
+  static vf tree(const vf* x) { return *x; }
+};
+
+// A block of tokens, given as columns [D][kBlockTokens]: lanes are tokens, two vectors of them at a time.
 template <int d>
 static void encode_columns(const float* columns, int64_t tokens, const uint16_t* codebook, int64_t S, uint8_t* codes) {
-  constexpr int C = d == 8 ? 1 : 2;  // what fits the registers
+  constexpr int C = 2;
   for (int64_t m = 0; m < S; m++, columns += d * kBlockTokens) {
     float centroids[kCentroids][d];
     for (int c = 0; c < kCentroids; c++) halves_to_floats<d>(codebook + (c * S + m) * d, centroids[c]);
@@ -80,11 +90,10 @@ static void encode_columns(const float* columns, int64_t tokens, const uint16_t*
             const vf difference = point[i][v] - centroids[c][i];
             square[i] = difference * difference;
           }
-          for (int step = 1; step < d; step *= 2)  // the same tree of pairs as sum_groups
-            for (int i = 0; i < d; i += 2 * step) square[i] += square[i + step];
-          const vi closer = square[0] < best[v];
+          const vf distance = SumOf<d>::tree(square);
+          const vi closer = distance < best[v];
           index[v] = closer ? vi{} + c : index[v];
-          best[v] = closer ? square[0] : best[v];
+          best[v] = closer ? distance : best[v];
         }
       for (int v = 0; v < C; v++)
         for (int64_t t = t0 + v * W; t < min_of(tokens, t0 + (v + 1) * W); t++)

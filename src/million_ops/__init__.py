@@ -11,6 +11,7 @@ __all__ = [
     "Layout",
     "backends",
     "has_kernels",
+    "has_kernels",
     "layout_by_id",
     "layout_for",
     "pack",

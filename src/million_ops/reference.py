@@ -37,7 +37,7 @@ def pq_decode(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
     B, H, T, S = codes.shape
     h = torch.arange(H, device=codes.device)[:, None, None]
     m = torch.arange(S, device=codes.device)
-    return codebook[h, codes.long(), m].reshape(B, H, T, -1).to(dtype)
+    return codebook[h, codes.long(), m].flatten(-2).to(dtype)
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, interleaved: bool) -> Tensor:
