@@ -26,7 +26,17 @@ CPU_SOURCES = ROOT / "csrc" / "cpu"
 KERNELS = ("attention.cpp", "encode.cpp")  # compiled once per instruction set
 BUILD = os.environ.get("MILLION_BUILD", "")
 STABLE_ABI = (2, 10)  # the oldest torch that the libraries load on
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
 if platform.machine() in ("x86_64", "AMD64"):
     AVX2 = ["-mavx2", "-mfma", "-mf16c"]
     AVX512 = [f"-mavx512{x}" for x in ("f", "bw", "dq", "vl", "vbmi")]
@@ -80,11 +90,23 @@ class BuildKernels(build_ext):
             for source in KERNELS:
                 # One rounding a step, so that a token's code does not depend on how a compiler groups the sums.
                 exact = ["-ffp-contract=off"] if source == "encode.cpp" else ["-ffp-contract=fast"]
-                jobs.append((CPU_SOURCES / source, objects / f"{source}.{isa}.o", [*flags, *exact, f"-DMILLION_ISA={isa}"]))
+                jobs.append(
+                    (CPU_SOURCES / source, objects / f"{source}.{isa}.o", [*flags, *exact, f"-DMILLION_ISA={isa}"])
+                )
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: run(*compiler, *FLAGS, *job[2], "-c", job[0], "-o", job[1]), jobs))
         needed = ["-Wl,--no-as-needed"] if sys.platform == "linux" else []
-        run(*compiler, "-shared", *(job[1] for job in jobs), "-o", target, f"-L{torch / 'lib'}", *needed, "-ltorch", "-ltorch_cpu")
+        run(
+            *compiler,
+            "-shared",
+            *(job[1] for job in jobs),
+            "-o",
+            target,
+            f"-L{torch / 'lib'}",
+            *needed,
+            "-ltorch",
+            "-ltorch_cpu",
+        )
 
 
 class PlatformWheel(bdist_wheel):

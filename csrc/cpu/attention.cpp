@@ -29,13 +29,13 @@ static inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return max_o
 
 // Scratch of a thread, cut from one piece of memory.
 struct Scratch {
-  uint8_t *k_planes, *v_planes;             // codebooks of the current head
-  float *keys, *values;                     // the tile: [D][kTile] and [kTile][row_stride(D)]
-  float *queries, *framed;                  // [rows][D] scaled queries, and prepared for a frame
-  float *scores, *mixed;                    // [rows][kTile], and the part of another frame
-  float *partial;                           // [rows][D + 2]: numerator, reference maximum, denominator
-  float *decay, *cosines, *sines;           // [rows], [D], [D]
-  uint8_t *visible, *k_codes, *v_codes;     // [queries][kTile], [S][kTile] x 2
+  uint8_t *k_planes, *v_planes;          // codebooks of the current head
+  float *keys, *values;                  // the tile: [D][kTile] and [kTile][row_stride(D)]
+  float *queries, *framed;               // [rows][D] scaled queries, and prepared for a frame
+  float *scores, *mixed;                 // [rows][kTile], and the part of another frame
+  float* partial;                        // [rows][D + 2]: numerator, reference maximum, denominator
+  float *decay, *cosines, *sines;        // [rows], [D], [D]
+  uint8_t *visible, *k_codes, *v_codes;  // [queries][kTile], [S][kTile] x 2
   size_t bytes;
 
   Scratch(const Attention& a, char* memory) {
@@ -295,7 +295,8 @@ void attend(const Attention& a, int64_t begin, int64_t end, char* memory) {
 
 void merge(const Attention& a, int64_t begin, int64_t end) {
   const int64_t step = a.block_rows() * (a.layer.D + 2);
-  for (int64_t group = begin; group < end; group++) finish(a, group, a.partials + group * a.splits * step, a.splits, step);
+  for (int64_t group = begin; group < end; group++)
+    finish(a, group, a.partials + group * a.splits * step, a.splits, step);
 }
 
 }  // namespace MILLION_ISA

@@ -104,9 +104,7 @@ void check_dtype(const char* name, const Tensor& x, ScalarType want) {
   REQUIRE(x.is_cpu(), name, " is not on the CPU, the other tensors are");
 }
 
-void check_contiguous(const char* name, const Tensor& x) {
-  REQUIRE(x.is_contiguous(), name, " must be contiguous");
-}
+void check_contiguous(const char* name, const Tensor& x) { REQUIRE(x.is_contiguous(), name, " must be contiguous"); }
 
 DType float_dtype(const char* name, ScalarType dtype) {
   if (dtype == ScalarType::Float) return DType::f32;
@@ -196,8 +194,7 @@ Tensor pq_encode(const Tensor& x, const Tensor& codebook) {
   const DType dtype = float_dtype("x", x.scalar_type());
   const int64_t B = x.size(0), H = x.size(1), T = x.size(2), D = x.size(3);
   Copies copies;
-  Encode args{strided_of(x, size_of(dtype), copies), dtype, B, H, T, D,
-              coded_of("codebook", codebook, H, D, copies)};
+  Encode args{strided_of(x, size_of(dtype), copies), dtype, B, H, T, D, coded_of("codebook", codebook, H, D, copies)};
   Tensor codes = torch::stable::new_empty(x, {B, H, T, args.book.S}, ScalarType::Byte);
   if (codes.numel() == 0) return codes;
   check_head_dim(D);
@@ -220,7 +217,7 @@ Tensor pq_decode(const Tensor& codes, const Tensor& codebook, ScalarType dtype) 
   Tensor out = torch::stable::new_empty(codes, {B, H, T, D}, dtype);
   if (out.numel() == 0) return out;
   check_head_dim(D);
-  const Decode args{contiguous_data<uint8_t>(codes, copies), B, H, T, book, element,
+  const Decode args{contiguous_data<uint8_t>(codes, copies),   B, H, T, book, element,
                     static_cast<char*>(out.mutable_data_ptr())};
   const Kernels& kernels = pick_kernels();
   share(B * H * token_blocks(T), 4, kernels.encode_scratch(D),
@@ -239,7 +236,8 @@ struct LayerTensors {
   Copies copies = {};
 
   void attach_codes(const char* name, const Tensor& codes, int64_t layout, int64_t B, int64_t H, Coded& to) {
-    REQUIRE(layout >= 0 && layout < kLayouts, "unknown layout_id ", layout, "; this version knows 0 (plain), 1 (rows64)");
+    REQUIRE(layout >= 0 && layout < kLayouts, "unknown layout_id ", layout,
+            "; this version knows 0 (plain), 1 (rows64)");
     check_shape(name, codes, {B, H, kAny, tile_tokens(layout) * to.S},
                 layout == kRows64 ? "packed as rows64" : "packed as plain");
     check_dtype(name, codes, ScalarType::Byte);
@@ -319,9 +317,9 @@ void pq_append_(const Tensor& k, const Tensor& v, const Tensor& k_codebook, cons
                 const Tensor& v_codes, const Tensor& k_ring, const Tensor& v_ring, const Tensor& k_sinks,
                 const Tensor& v_sinks, const Tensor& clock, const Tensor& start, const Tensor& origin, int64_t offset,
                 int64_t frame_tokens, bool rope_interleaved, int64_t k_layout, int64_t v_layout) {
-  LayerTensors tensors{k,       v,       k_codebook, v_codebook, k_transform, inv_freq, k_codes,
-                       v_codes, k_ring,  v_ring,     k_sinks,    v_sinks,     clock,    start,
-                       origin,  offset,  frame_tokens, rope_interleaved, k_layout, v_layout};
+  LayerTensors tensors{k,       v,      k_codebook,   v_codebook,       k_transform, inv_freq, k_codes,
+                       v_codes, k_ring, v_ring,       k_sinks,          v_sinks,     clock,    start,
+                       origin,  offset, frame_tokens, rope_interleaved, k_layout,    v_layout};
   const Layer layer = tensors.describe();
   const Kernels& kernels = pick_kernels();
   share(layer.B * layer.H * token_blocks(layer.n), encode_grain(layer.n, layer.D), kernels.encode_scratch(layer.D),
@@ -350,8 +348,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   check_shape("q", q, {layer.B, kAny, layer.n, layer.D}, "[B, query heads, n, D] with the B, n, D of k,");
   check_dtype("q", q, tensors.k.scalar_type());
   const int64_t heads = q.size(1);
-  REQUIRE(heads > 0 && layer.H > 0 && heads % layer.H == 0, "q has ", heads,
-          " heads, which is not a multiple of the ", layer.H, " KV heads");
+  REQUIRE(heads > 0 && layer.H > 0 && heads % layer.H == 0, "q has ", heads, " heads, which is not a multiple of the ",
+          layer.H, " KV heads");
   a.G = heads / layer.H;
   a.q = strided_of(q, size_of(layer.dtype), tensors.copies);
   if (mask) {
@@ -374,21 +372,20 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   a.partials = partials.get();
   share(a.items(), 1, kernels.attend_scratch(a),
         [&](int64_t begin, int64_t end, char* scratch) { kernels.attend(a, begin, end, scratch); });
-  if (a.splits > 1)
-    share(a.groups(), 16, 0, [&](int64_t begin, int64_t end, char*) { kernels.merge(a, begin, end); });
+  if (a.splits > 1) share(a.groups(), 16, 0, [&](int64_t begin, int64_t end, char*) { kernels.merge(a, begin, end); });
   return {out, lse};
 }
 
 #define ATTENTION_PARAMETERS                                                                                           \
   const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &k_codebook, const Tensor &v_codebook,               \
-      const std::optional<Tensor> &k_transform_inv, const std::optional<Tensor> &inv_freq, const Tensor &k_codes,      \
+      const std::optional<Tensor>&k_transform_inv, const std::optional<Tensor>&inv_freq, const Tensor &k_codes,        \
       const Tensor &v_codes, const Tensor &k_ring, const Tensor &v_ring, const Tensor &k_sinks, const Tensor &v_sinks, \
-      const Tensor &clock, const Tensor &start, const Tensor &origin, const std::optional<Tensor> &mask, double scale, \
+      const Tensor &clock, const Tensor &start, const Tensor &origin, const std::optional<Tensor>&mask, double scale,  \
       int64_t offset, int64_t frame_tokens, bool rope_interleaved, int64_t k_layout, int64_t v_layout
-#define LAYER_TENSORS                                                                                          \
-  LayerTensors {                                                                                               \
+#define LAYER_TENSORS                                                                                            \
+  LayerTensors {                                                                                                 \
     k, v, k_codebook, v_codebook, k_transform_inv, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks, \
-        clock, start, origin, offset, frame_tokens, rope_interleaved, k_layout, v_layout                       \
+        clock, start, origin, offset, frame_tokens, rope_interleaved, k_layout, v_layout                         \
   }
 
 Tensor pq_attention(ATTENTION_PARAMETERS) { return std::get<0>(attention(q, LAYER_TENSORS, mask, scale, false)); }

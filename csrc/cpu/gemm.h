@@ -34,9 +34,7 @@ template <class V, int C>
 static inline void gemm_rows(int64_t rows, int64_t depth, const float* A, int64_t lda, const float* B, int64_t ldb,
                              const float* beta, float* out, int64_t ldo) {
   int64_t r = 0;
-  const auto next = [&](int count) {
-    r += count, A += count * lda, out += count * ldo, beta += beta ? count : 0;
-  };
+  const auto next = [&](int count) { r += count, A += count * lda, out += count * ldo, beta += beta ? count : 0; };
   while (rows - r >= kGemmRows) gemm_block<V, kGemmRows, C>(depth, A, lda, B, ldb, beta, out, ldo), next(kGemmRows);
   switch (rows - r) {
     case 5: return gemm_block<V, 5, C>(depth, A, lda, B, ldb, beta, out, ldo);
@@ -47,8 +45,8 @@ static inline void gemm_rows(int64_t rows, int64_t depth, const float* A, int64_
   }
 }
 
-// out[r][c] = beta[r] * out[r][c] + sum_k A[r][k] B[k][c]; without beta the old value is not read. columns is a multiple
-// of 8. Every element is summed in the order of k, so the result does not depend on how rows are grouped.
+// out[r][c] = beta[r] * out[r][c] + sum_k A[r][k] B[k][c]; without beta the old value is not read. columns is a
+// multiple of 8. Every element is summed in the order of k, so the result does not depend on how rows are grouped.
 static inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* A, int64_t lda, const float* B,
                         int64_t ldb, const float* beta, float* out, int64_t ldo) {
   int64_t c = 0;

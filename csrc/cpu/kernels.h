@@ -90,7 +90,7 @@ struct Kernels {
   void (*append)(const Layer&, int64_t begin, int64_t end, char* scratch);
   void (*attend)(const Attention&, int64_t begin, int64_t end, char* scratch);
   void (*merge)(const Attention&, int64_t begin, int64_t end);  // items: groups()
-  size_t (*encode_scratch)(int64_t D);  // for encode, decode and append
+  size_t (*encode_scratch)(int64_t D);                          // for encode, decode and append
   size_t (*attend_scratch)(const Attention&);
 };
 

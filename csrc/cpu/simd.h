@@ -103,7 +103,9 @@ static inline void halves_to_floats(const uint16_t* from, float* to) {
 #endif
 }
 
-static inline void load_halves(const uint16_t* from, vf8& x) { halves_to_floats<8>(from, reinterpret_cast<float*>(&x)); }
+static inline void load_halves(const uint16_t* from, vf8& x) {
+  halves_to_floats<8>(from, reinterpret_cast<float*>(&x));
+}
 
 #if defined(__AVX512F__)
 static inline void load_halves(const uint16_t* from, vf16& x) {
@@ -207,7 +209,8 @@ static inline void rotation(int64_t position, const float* inv_freq, int64_t hal
     uint64_t quadrant;
     memcpy(&quadrant, &shifted, 8);
     const double z = r * r;
-    const double s = r + r * z * (-1.66666666666666e-1 + z * (8.3333333322e-3 + z * (-1.98412698e-4 + z * 2.7557313e-6)));
+    const double s =
+        r + r * z * (-1.66666666666666e-1 + z * (8.3333333322e-3 + z * (-1.98412698e-4 + z * 2.7557313e-6)));
     const double c =
         1.0 - 0.5 * z + z * z * (4.16666666666666e-2 + z * (-1.388888888e-3 + z * (2.4801587e-5 + z * -2.7557314e-7)));
     const double sine = quadrant & 1 ? c : s, cosine = quadrant & 1 ? s : c;

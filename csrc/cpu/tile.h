@@ -1,7 +1,7 @@
 // Tiles of kBlockTokens slots, from codes to dense fp32: keys as columns [D][kTile], values as rows [kTile][stride].
 //
-// The plain way looks centroids up in the fp16 codebook itself, one code at a time. With AVX-512 VBMI an instruction looks
-// up 64 codes (tile_vbmi.h).
+// The plain way looks centroids up in the fp16 codebook itself, one code at a time. With AVX-512 VBMI an instruction
+// looks up 64 codes (tile_vbmi.h).
 #pragma once
 
 #include "../common/pq_layout.h"

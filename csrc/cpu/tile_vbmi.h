@@ -77,8 +77,7 @@ struct CodeVector {
   }
 
   __m512i bytes(const uint8_t* plane) const {
-    const __m512i low =
-        _mm512_permutex2var_epi8(_mm512_loadu_si512(plane), codes, _mm512_loadu_si512(plane + 64));
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(plane), codes, _mm512_loadu_si512(plane + 64));
     const __m512i high =
         _mm512_permutex2var_epi8(_mm512_loadu_si512(plane + 128), codes, _mm512_loadu_si512(plane + 192));
     return _mm512_mask_blend_epi8(upper, low, high);

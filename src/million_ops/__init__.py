@@ -11,7 +11,6 @@ __all__ = [
     "Layout",
     "backends",
     "has_kernels",
-    "has_kernels",
     "layout_by_id",
     "layout_for",
     "pack",

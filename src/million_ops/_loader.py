@@ -36,7 +36,10 @@ def _load_cpu() -> tuple[bool, str]:
         compiler = any(map(shutil.which, ("g++", "c++", "clang++")))
         why = "torch or the compiler was missing, or it failed," if compiler else "there is no C++ compiler"
         how = "" if compiler else "install one (Debian, Ubuntu: apt-get install g++), then "
-        return False, f"missing: not built, {why} when the package was installed; {how}{_REINSTALL} builds it or says why not"
+        return (
+            False,
+            f"missing: not built, {why} when the package was installed; {how}{_REINSTALL} builds it or says why not",
+        )
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

@@ -34,7 +34,7 @@ def pq_encode(x: Tensor, codebook: Tensor) -> Tensor:
 def pq_decode(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
     """``x[b,h,t,m,:] = codebook[h, code[b,h,t,m], m, :]``."""
     check_decode(codes, codebook, dtype)
-    B, H, T, S = codes.shape
+    _, H, _, S = codes.shape
     h = torch.arange(H, device=codes.device)[:, None, None]
     m = torch.arange(S, device=codes.device)
     return codebook[h, codes.long(), m].flatten(-2).to(dtype)

@@ -22,7 +22,7 @@ def turn(x: Tensor, position: int, inv_freq: Tensor, interleaved: bool) -> Tenso
 
 def centroids_of(packed: Tensor, layout: int, codebook: Tensor) -> Tensor:
     """Packed codes to vectors [B, H, T, D] float64."""
-    H, _, S, d = codebook.shape
+    H, _, S, _ = codebook.shape
     codes = unpack(packed, layout_by_id(layout), S).long()
     heads = torch.arange(H)[:, None, None]
     return codebook.double()[heads, codes, torch.arange(S)].flatten(-2)

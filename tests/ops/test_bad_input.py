@@ -8,10 +8,10 @@ from tests.ops.layer_state import make_layer
 
 ops = torch.ops.million_ops
 ERRORS = (ValueError, RuntimeError)
-NAMES = (
-    "k v k_codebook v_codebook k_transform inv_freq k_codes v_codes k_ring v_ring k_sinks v_sinks clock start origin "
-    "offset frame_tokens rope_interleaved k_layout v_layout"
-).split()
+NAMES = [
+    "k", "v", "k_codebook", "v_codebook", "k_transform", "inv_freq", "k_codes", "v_codes", "k_ring", "v_ring", "k_sinks",
+    "v_sinks", "clock", "start", "origin", "offset", "frame_tokens", "rope_interleaved", "k_layout", "v_layout",
+]  # fmt: skip
 LAYER_ERRORS = {
     "k rank": ("k", lambda x: x[0], "k must be .*got"),
     "k dtype": ("k", lambda x: x.double(), "k must be .*float64"),
