@@ -1,0 +1,148 @@
+"""How benchmarks run: `pytest --benchmark-only` (all of them), options ``--refcheck`` and ``--save-results``.
+
+Every case runs its baseline in the same process, before and after itself, and reports ``ratio``, the baseline's time over
+its own (above 1: faster), from the fastest of many rounds: a neighbour on the machine can only add time. Without
+``--benchmark-only`` nothing here is collected.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from million_ops import backends, has_kernels
+
+RESULTS = Path(__file__).parent / "results"
+DEVICES = [x for x in ("cpu", "cuda") if has_kernels(x) and (x == "cpu" or torch.cuda.is_available())]
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("million benchmarks")
+    group.addoption("--refcheck", action="store_true", help="compare every benchmarked result with the reference")
+    group.addoption("--save-results", action="store_true", help="write benchmarks/results/*.json and *.png")
+
+
+def pytest_ignore_collect(collection_path, config):
+    wanted = config.getoption("benchmark_only", False) or config.getoption("benchmark_enable", False)
+    return True if collection_path.name.startswith("bench_") and not wanted else None
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def fastest(function, device: str, seconds: float = 0.1) -> float:
+    """Seconds of the fastest call within about ``seconds``, three calls at least."""
+    function()
+    best, calls, stop = float("inf"), 0, time.perf_counter() + seconds
+    while calls < 3 or time.perf_counter() < stop:
+        synchronize(device)
+        begin = time.perf_counter()
+        function()
+        synchronize(device)
+        best, calls = min(best, time.perf_counter() - begin), calls + 1
+    return best
+
+
+class Comparison:
+    """One benchmark against its baselines; collects what ``--save-results`` writes."""
+
+    def __init__(self, benchmark, config, device: str, name: str):
+        self.benchmark, self.config, self.device, self.name = benchmark, config, device, name
+
+    def __call__(self, function, baselines: dict, **case) -> None:
+        """Times ``function`` and ``baselines`` (name to function, or to seconds known already); the fastest counts."""
+        known = {name: x for name, x in baselines.items() if not callable(x)}
+        timed = {name: fastest(x, self.device) for name, x in baselines.items() if callable(x)}
+        rounds = max(5, min(2000, int(0.2 / fastest(function, self.device, 0.05))))
+        self.benchmark.pedantic(lambda: (function(), synchronize(self.device)), rounds=rounds, warmup_rounds=2)
+        for name in timed:
+            timed[name] = min(timed[name], fastest(baselines[name], self.device))
+        baseline, seconds = min((known | timed).items(), key=lambda x: x[1])
+        mine = self.benchmark.stats.stats.min
+        self.benchmark.extra_info.update(case, baseline=baseline, baseline_us=seconds * 1e6, ratio=seconds / mine)
+        self.benchmark.name += f" ({seconds / mine:.2f}x {baseline})"
+        results = self.config.stash.setdefault(RESULTS_KEY, {}).setdefault(f"{self.device}_{self.name}", [])
+        results.append(
+            {**case, "us": mine * 1e6, "baseline": baseline, "baseline_us": seconds * 1e6, "ratio": seconds / mine}
+        )
+
+
+RESULTS_KEY = pytest.StashKey[dict]()
+
+
+@pytest.fixture
+def compare(benchmark, request, device) -> Comparison:
+    return Comparison(benchmark, request.config, device, request.module.__name__.rpartition("bench_")[2])
+
+
+@pytest.fixture
+def refcheck(request) -> bool:
+    return request.config.getoption("--refcheck")
+
+
+def machine() -> dict:
+    """What a figure depends on."""
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), model)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": model,
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "kernels": {name: state for name, state in backends().items() if not state.startswith("missing")},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def pytest_sessionfinish(session):
+    if not session.config.getoption("--save-results", False):
+        return
+    RESULTS.mkdir(exist_ok=True)
+    for name, cases in session.config.stash.get(RESULTS_KEY, {}).items():
+        path = RESULTS / f"{name}.json"
+        path.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=1) + "\n")
+        if all("tokens" in x and "shape" in x for x in cases):
+            plot(cases, path.with_suffix(".png"))
+
+
+def plot(cases: list[dict], path: Path) -> None:
+    """Time against length, one panel a shape, one line a case; baselines dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shapes = list(dict.fromkeys(x["shape"] for x in cases))
+    figure, panels = pyplot.subplots(1, len(shapes), figsize=(6 * len(shapes), 4.5), squeeze=False)
+    for panel, shape in zip(panels[0], shapes):
+        lines: dict[str, dict[int, float]] = {}
+        for x in (x for x in cases if x["shape"] == shape):
+            lines.setdefault(f"{x['case']}, {x['dtype']}", {})[x["tokens"]] = x["us"]
+            lines.setdefault(f"baseline, {x['dtype']}", {})[x["tokens"]] = x["baseline_us"]
+        for label, points in lines.items():
+            style = (
+                "k--" if label.startswith("baseline") and "float32" in label else "k:" if "baseline" in label else "o-"
+            )
+            panel.plot(list(points), list(points.values()), style, label=label, markersize=3)
+        panel.set(title=shape, xlabel="tokens", ylabel="us", xscale="log", yscale="log")
+        panel.grid(True, which="both", alpha=0.2)
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
