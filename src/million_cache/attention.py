@@ -38,7 +38,7 @@ def million_mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offse
     holes (padding between turns). Raises ValueError when the 2-D mask is longer than the cache.
     """
     static = isinstance(q_offset, Tensor) or kv_length != q_offset + q_length
-    if static and attention_mask is not None and attention_mask.shape[1] > kv_length:
+    if static and local_size is None and attention_mask is not None and attention_mask.shape[1] > kv_length:
         raise ValueError(
             f"the attention mask covers {attention_mask.shape[1]} tokens and the cache's max_cache_len is {kv_length}; nothing was written"
         )
