@@ -34,7 +34,7 @@ def _load_cpu() -> tuple[bool, str]:
         return False, "missing: switched off by MILLION_CPU_ISA=reference; unset it"
     if not path.exists():
         compiler = any(map(shutil.which, ("g++", "c++", "clang++")))
-        why = "torch or the compiler was missing, or it failed," if compiler else "there is no C++ compiler"
+        why = "torch or the compiler was missing, or it failed," if compiler else "there was no C++ compiler"
         how = "" if compiler else "install one (Debian, Ubuntu: apt-get install g++), then "
         return (
             False,
