@@ -66,12 +66,12 @@ struct Item {
   const Attention& a;
   const Layer& layer;
   const Scratch& s;
-  const Decoder &keys, &values;
+  Decoder &keys, &values;
   const int64_t h, b, q0, q1, D, rows;
   float* const partial;
   int64_t start, coded_first, end, frame = -1;
 
-  Item(const Attention& args, const Scratch& scratch, const Decoder& k, const Decoder& v, int64_t index, float* to)
+  Item(const Attention& args, const Scratch& scratch, Decoder& k, Decoder& v, int64_t index, float* to)
       : a(args),
         layer(args.layer),
         s(scratch),
@@ -164,6 +164,7 @@ struct Item {
 
   // Slots [slot, slot + kTile) from codes.
   void coded_tile(int64_t slot) {
+    keys.set_head(h), values.set_head(h);
     keys.columns(b * layer.H + h, slot, s.keys, s.values);
     const int64_t F = layer.inv_freq ? layer.frame_tokens : INT64_MAX;
     const int64_t from = max_of(slot, coded_first), to = min_of(slot + kTile, ring_first(q1 - 1));
@@ -280,13 +281,9 @@ static void finish(const Attention& a, int64_t group, float* partials, int64_t s
 
 void attend(const Attention& a, int64_t begin, int64_t end, char* memory) {
   const Scratch s(a, memory);
-  const int64_t step = a.block_rows() * (a.layer.D + 2), items_per_head = a.items() / a.layer.H;
+  const int64_t step = a.block_rows() * (a.layer.D + 2);
   Decoder keys{a.layer.k, s.k_planes, s.k_codes}, values{a.layer.v, s.v_planes, s.v_codes};
-  int64_t prepared_head = -1;
   for (int64_t index = begin; index < end; index++) {
-    const int64_t h = index / items_per_head;
-    if (h != prepared_head) keys.set_head(h), values.set_head(h);
-    prepared_head = h;
     float* partial = a.splits > 1 ? a.partials + index * step : s.partial;
     Item(a, s, keys, values, index, partial).run(index % a.splits);
     if (a.splits == 1) finish(a, index, partial, 1, step);

@@ -37,16 +37,19 @@ static const uint8_t* codes_by_subspace(const Coded& from, const uint8_t* codes,
   return spare;
 }
 
-// Keys or values of one KV head: what a thread prepares when it comes to a head, and the tiles of it.
+// Keys or values of one KV head: what a thread prepares before its first tile of a head, and the tiles.
 struct Decoder {
   const Coded& from;
   uint8_t* const planes;  // VBMI: the codebook as byte planes
   uint8_t* const spare;   // [S][kTile]
   const uint16_t* codebook = nullptr;
+  int64_t head = -1;
 
   static constexpr int64_t planes_bytes(int64_t D) { return 2 * kCentroids * D; }
 
   void set_head(int64_t h) {
+    if (h == head) return;
+    head = h;
     codebook = from.codebook + h * kCentroids * from.S * from.d;
 #if defined(__AVX512VBMI__)
     split_planes(codebook, from.S * from.d, planes);

@@ -43,10 +43,10 @@ static inline void transpose16(__m512i r[16]) {
 static void split_planes(const uint16_t* codebook, int64_t D, uint8_t* planes) {
   alignas(64) uint8_t index[2][64];  // bytes of 32 dwords: channel 0 low, channel 0 high; channel 1 low, channel 1 high
   for (int i = 0; i < 64; i++) index[0][i] = uint8_t(4 * (i % 32) + i / 32), index[1][i] = uint8_t(index[0][i] + 2);
-  for (int64_t i0 = 0; i0 < D; i0 += 32) {
-    const int64_t channels = min_of(32, D - i0);
-    const __mmask32 there = uint32_t((uint64_t(1) << channels) - 1);
-    for (int64_t c0 = 0; c0 < kCentroids; c0 += 64) {
+  for (int64_t c0 = 0; c0 < kCentroids; c0 += 64)
+    for (int64_t i0 = 0; i0 < D; i0 += 32) {
+      const int64_t channels = min_of(32, D - i0);
+      const __mmask32 there = uint32_t((uint64_t(1) << channels) - 1);
       __m512i pairs[4][16];  // [16 centroids each][pair of channels]
       for (int g = 0; g < 4; g++) {
         for (int c = 0; c < 16; c++)
@@ -62,7 +62,6 @@ static void split_planes(const uint16_t* codebook, int64_t D, uint8_t* planes) {
         _mm512_storeu_si512(plane + kCentroids, _mm512_shuffle_i64x2(a, b, 0xEE));
       }
     }
-  }
 }
 
 // 64 codes, put in the order in which unpacking low and high bytes returns the tokens' own, and their top bits.

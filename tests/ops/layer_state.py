@@ -73,7 +73,7 @@ def make_layer(*, batch: int = 1, heads: int = 2, head_dim: int = 64, k_dim: int
     k_transform = k_inverse = None
     if transform:
         k_transform = torch.eye(head_dim) + torch.randn(heads, head_dim, head_dim) * (0.3 / head_dim**0.5)
-        k_inverse = torch.linalg.inv(k_transform.double()).float()
+        k_inverse = torch.linalg.inv(k_transform.double()).float().contiguous()
     layout = layout_for("cpu", head_dim, k_dim, 1).id if layout is None else layout
     buffers = {}
     for side, d in (("k", k_dim), ("v", v_dim)):
