@@ -87,7 +87,7 @@ def demo(
     preset: Annotated[Preset, typer.Option(help="Bits of a cached element.")] = Preset.BIT4,
     max_new_tokens: Annotated[int, typer.Option(min=2, max=4096, help="Tokens to generate.")] = 64,
     prompt: Annotated[
-        str | None, typer.Option(help="What to ask the model. Default: a page of text and a question.")
+        str | None, typer.Option(help="What to ask the model. Default: a page of text and a task.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Calibration text. Default: the text in the package.")] = None,
 ) -> None:
