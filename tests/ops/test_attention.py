@@ -226,8 +226,7 @@ def test_older_instruction_sets(isa):
     """This file's and the append's central cases again in a process that is held to an older instruction set."""
     if "MILLION_CPU_ISA" in os.environ:
         pytest.skip("this is that process")
-    cases = "(test_head_dims and (64 or 72)) or test_chunks or (test_matches_the_reference and 64) or test_decode"
-    cases += " or (test_nearest_centroid and (40 or 64))"
+    cases = "test_dtypes or (test_head_dims and 72) or (test_chunks and 17) or test_options or test_decode or tie"
     files = [
         os.path.join(os.path.dirname(__file__), x) for x in ("test_attention.py", "test_append.py", "test_encode.py")
     ]

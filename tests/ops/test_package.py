@@ -41,7 +41,8 @@ def test_backends():
         assert state.startswith(("available", "compiled", "missing: ")), name
         assert not state.startswith("missing") or ";" in state, f"{name} does not say how to get it"
     assert has_kernels("cpu") == found["cpu"].startswith("compiled")
-    assert not has_kernels("cuda")
+    assert has_kernels("cuda") == found["cuda"].startswith("compiled")
+    assert not has_kernels("mps")
 
 
 @pytest.mark.parametrize("isa", ["baseline", "reference"])
@@ -52,19 +53,19 @@ def test_instruction_set_can_be_limited(isa):
 
 def test_old_torch_is_told(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    loaded, state = _loader._load_cpu()
+    loaded, state = _loader._load("cpu")
     assert not loaded and "torch >= 2.10" in state
 
 
 def test_missing_library_is_told(monkeypatch, tmp_path):
     monkeypatch.delenv("MILLION_CPU_ISA", raising=False)
     monkeypatch.setattr(_loader, "__file__", str(tmp_path / "_loader.py"))
-    loaded, state = _loader._load_cpu()
+    loaded, state = _loader._load("cpu")
     assert not loaded and "MILLION_BUILD=cpu" in state
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert "g++" in _loader._load_cpu()[1]
+    assert "g++" in _loader._load("cpu")[1]
     (tmp_path / "_cpu.so").write_bytes(b"not a library")
-    assert "does not load" in _loader._load_cpu()[1]
+    assert "does not load" in _loader._load("cpu")[1]
 
 
 def test_ops_work_without_the_compiled_library():
