@@ -131,11 +131,11 @@ def fetch_smollm2() -> Path:
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as folder:
             try:
                 got = fetch(Path(folder))
+                if not _is_smollm2(got):
+                    raise ValueError("the file has another size or SHA-256 than expected")
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 failures.append(f"{source}: {error}")
-                continue
-            if not _is_smollm2(got):
-                failures.append(f"{source}: the file has another size or SHA-256 than expected")
+                print(f"    failed: {error}", file=sys.stderr, flush=True)
                 continue
             os.replace(got, target)
             return target
