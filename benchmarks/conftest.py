@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.timing import fastest, synchronize
 from million_ops import backends, has_kernels
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,24 +36,6 @@ def pytest_ignore_collect(collection_path, config):
 @pytest.fixture(params=DEVICES)
 def device(request) -> str:
     return request.param
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def fastest(function, device: str, seconds: float = 0.1) -> float:
-    """Seconds of the fastest call within about ``seconds``, three calls at least."""
-    function()
-    best, calls, stop = float("inf"), 0, time.perf_counter() + seconds
-    while calls < 3 or time.perf_counter() < stop:
-        synchronize(device)
-        begin = time.perf_counter()
-        function()
-        synchronize(device)
-        best, calls = min(best, time.perf_counter() - begin), calls + 1
-    return best
 
 
 class Comparison:
