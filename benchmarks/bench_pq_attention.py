@@ -4,6 +4,7 @@ of the same dtype (``enable_gqa``, and transformers' ``pack_gqa``, which treats 
 import pytest
 import torch
 import torch.nn.functional as F
+
 from benchmarks.timing import fastest
 from million_cache.config import PRESETS
 from million_ops import reference
