@@ -1,9 +1,13 @@
-"""Decode attention of one token. Baseline: the faster of PyTorch's two ways to SDPA with grouped heads, over a dense cache
-of the same dtype (``enable_gqa``, and transformers' ``pack_gqa``, which treats the group as query tokens)."""
+"""Decode attention of one token. Baseline: the fastest of PyTorch's ways to SDPA with grouped heads, over a dense cache of the
+same dtype. On the CPU those are ``enable_gqa`` and transformers' ``pack_gqa``, which treats the group as query tokens; on a GPU
+cuDNN and FlashAttention."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import fastest
 from million_cache.config import PRESETS
@@ -14,14 +18,15 @@ SHAPES = {  # KV heads, group, head_dim
     "SmolLM2-135M: 3 x 3 x 64": (3, 3, 64),
     "Llama-3-8B: 8 x 4 x 128": (8, 4, 128),
 }
-TOKENS = (1024, 8192, 32768)
+TOKENS = (1024, 8192, 32768, 131072)
+LONGEST_ON_CPU = 32768
 REFCHECK_ELEMENTS = 8192 * 8 * 128  # the reference holds several copies of the cache in fp32
 
 _baselines: dict = {}
 
 
 def sdpa(device, shape, tokens, dtype) -> dict[str, float]:
-    """Seconds of both ways, measured once a session for all presets."""
+    """Seconds of each way, measured once a session for all presets."""
     key = device, shape, tokens, dtype
     if key not in _baselines:
         H, G, D = SHAPES[shape]
@@ -32,7 +37,14 @@ def sdpa(device, shape, tokens, dtype) -> dict[str, float]:
             "SDPA enable_gqa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
             "SDPA pack_gqa": lambda: F.scaled_dot_product_attention(packed, k, v),
         }
-        _baselines[key] = {name: fastest(way, device, 0.3) for name, way in ways.items()}
+        kernels = dict.fromkeys(ways)
+        if device == "cuda":
+            kernels = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention": SDPBackend.FLASH_ATTENTION}
+            ways = dict.fromkeys(kernels, ways["SDPA enable_gqa"])
+        _baselines[key] = {}
+        for name, way in ways.items():
+            with sdpa_kernel(kernels[name]) if kernels[name] else nullcontext():
+                _baselines[key][name] = fastest(way, device, 0.3)
     return _baselines[key]
 
 
@@ -41,6 +53,10 @@ def sdpa(device, shape, tokens, dtype) -> dict[str, float]:
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("shape", SHAPES)
 def bench_pq_attention(compare, refcheck, device, shape, tokens, dtype, preset):
+    if device == "cuda" and dtype is torch.float32:
+        pytest.skip("PyTorch's fast attention kernels are for 16 bit")
+    if device == "cpu" and tokens > LONGEST_ON_CPU:
+        pytest.skip("takes minutes on a CPU")
     H, G, D = SHAPES[shape]
     config = PRESETS[preset]
     torch.manual_seed(0)

@@ -74,7 +74,8 @@ class LayerCodebooks:
 
     def to(self, device: torch.device | str) -> LayerCodebooks:
         """The same on another device."""
-        moved = {name: t.to(device) for name, t in self.tensors.items()}
+        # Contiguous, as the kernels want them: an inverse from linalg is not, and would be copied in every call.
+        moved = {name: t.to(device).contiguous() for name, t in self.tensors.items()}
         return LayerCodebooks(
             **{"inv_freq": None, **moved}, rope_interleaved=self.rope_interleaved, frame_tokens=self.frame_tokens
         )

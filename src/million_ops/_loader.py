@@ -14,54 +14,66 @@ from million_ops import reference
 from million_ops._schema import LIBRARY
 
 STABLE_ABI = (2, 10)  # the oldest torch that a compiled library loads on
-_REINSTALL = "MILLION_BUILD=cpu pip install --force-reinstall --no-deps <this package>"
+_REINSTALL = "MILLION_BUILD={} pip install --force-reinstall --no-deps <this package>"
+# What builds a library: programs, what they are, the Debian package that has one.
+_COMPILERS = {
+    "cpu": (("g++", "c++", "clang++"), "C++ compiler", "g++"),
+    "cuda": (("nvcc",), "CUDA compiler (nvcc)", "nvidia-cuda-toolkit"),
+}
 _NAMES = {"baseline": "baseline", "avx2": "AVX2", "avx512": "AVX-512"}
 
 for _name, _function in reference.IMPLEMENTATIONS.items():
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 
-def _load_cpu() -> tuple[bool, str]:
-    """Whether the CPU kernels were loaded, and what `backends` says about them."""
-    path = Path(__file__).with_name("_cpu.so")
-    version = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
-    if version < STABLE_ABI:
+def _load(name: str) -> tuple[bool, str]:
+    """Whether the compiled kernels for ``name`` ("cpu", "cuda") were loaded, and what `backends` says about them."""
+    path = Path(__file__).with_name(f"_{name}.so")
+    reinstall = _REINSTALL.format(name)
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < STABLE_ABI:
         return False, (
             f"missing: torch {torch.__version__} has no stable ABI, the kernels need torch >= 2.10; "
             "upgrade torch, then reinstall this package"
         )
-    if os.environ.get("MILLION_CPU_ISA") == "reference":
-        return False, "missing: switched off by MILLION_CPU_ISA=reference; unset it"
-    if not path.exists():
-        compiler = any(map(shutil.which, ("g++", "c++", "clang++")))
-        why = "torch or the compiler was missing, or it failed," if compiler else "there was no C++ compiler"
-        how = "" if compiler else "install one (Debian, Ubuntu: apt-get install g++), then "
+    if name == "cuda" and torch.version.cuda is None:
         return (
             False,
-            f"missing: not built, {why} when the package was installed; {how}{_REINSTALL} builds it or says why not",
+            f"missing: torch {torch.__version__} is a build without CUDA; install one with CUDA, then {reinstall}",
+        )
+    if name == "cpu" and os.environ.get("MILLION_CPU_ISA") == "reference":
+        return False, "missing: switched off by MILLION_CPU_ISA=reference; unset it"
+    if not path.exists():
+        programs, what, debian = _COMPILERS[name]
+        compiler = any(map(shutil.which, programs))
+        why = "torch or the compiler was missing, or it failed," if compiler else f"there was no {what}"
+        how = "" if compiler else f"install one (Debian, Ubuntu: apt-get install {debian}), then "
+        return (
+            False,
+            f"missing: not built, {why} when the package was installed; {how}{reinstall} builds it or says why not",
         )
     try:
         torch.ops.load_library(str(path))
-    except OSError as error:
-        return False, f"missing: {path.name} does not load ({error}); rebuild it: {_REINSTALL}"
-    isa = ctypes.CDLL(str(path)).million_cpu_isa
+        if name == "cuda":
+            return True, f"compiled, stable ABI {'.'.join(map(str, STABLE_ABI))}"
+        isa = ctypes.CDLL(str(path)).million_cpu_isa
+    except (OSError, AttributeError) as error:
+        return False, f"missing: {path.name} does not load ({error}); rebuild it: {reinstall}"
     isa.restype = ctypes.c_char_p
     return True, f"compiled, {_NAMES[isa().decode()]}, stable ABI {'.'.join(map(str, STABLE_ABI))}"
 
 
-_CPU_LOADED, _CPU_STATUS = _load_cpu()
+_LOADED = {name: _load(name) for name in ("cpu", "cuda")}
 
 
 def backends() -> dict[str, str]:
     """What computes the ops in this installation: backend to its state, and for a missing one how to get it."""
     return {
         "reference": "available on every device",
-        "cpu": _CPU_STATUS,
-        "cuda": "missing: this version has no CUDA kernels; the reference runs on the GPU",
+        **{name: status for name, (_, status) in _LOADED.items()},
         "triton": "missing: this version has no Triton kernels; the reference runs on the GPU",
     }
 
 
 def has_kernels(device_type: str) -> bool:
     """Whether compiled kernels serve tensors on ``device_type`` (else the reference does)."""
-    return device_type == "cpu" and _CPU_LOADED
+    return device_type in _LOADED and _LOADED[device_type][0]

@@ -49,7 +49,7 @@ LAYOUTS: tuple[Layout, ...] = (
     # Token after token: what a person would write down, and the order of `pq_encode`'s result.
     Layout(0, "plain", 1, lambda t, m, S: t * S + m),
     # Subspace after subspace, 64 tokens (one cache line) each: the CPU kernels keep one subspace's table in L1 while
-    # they walk over the tile's tokens.
+    # they walk over the tile's tokens, and a lane of a GPU's warp reads its subspaces' codes 16 tokens at a time.
     Layout(1, "rows64", 64, lambda t, m, S: m * 64 + t),
 )
 
@@ -71,8 +71,8 @@ def layout_for(device_type: str, head_dim: int, subspace_dim: int, group: int) -
         subspace_dim: channels that share a code (d_m).
         group: query heads a KV head.
     """
-    del head_dim, subspace_dim, group  # the GPU layouts depend on them
-    return LAYOUTS[1] if device_type == "cpu" else LAYOUTS[0]
+    del head_dim, subspace_dim, group  # faster GPU kernels will want layouts that depend on them
+    return LAYOUTS[1] if device_type in ("cpu", "cuda") else LAYOUTS[0]
 
 
 def pack(codes: Tensor, layout: Layout, capacity: int | None = None) -> Tensor:

@@ -114,7 +114,9 @@ def test_pack_and_unpack(layout, tokens, subspaces):
     assert packed.shape == layout.packed_shape(2, 3, tokens + 70, subspaces) and packed.is_contiguous()
     plain = unpack(packed, layout, subspaces)
     assert torch.equal(plain[:, :, :tokens], codes) and (plain[:, :, tokens:] == 0).all()
-    assert (layout.permutation(subspaces).flatten().sort()[0] == torch.arange(layout.tile_tokens * subspaces)).all()
+    assert (
+        layout.permutation(subspaces, codes.device).flatten().sort()[0] == torch.arange(layout.tile_tokens * subspaces)
+    ).all()
 
 
 @pytest.mark.parametrize("start", [0, 1, 100])

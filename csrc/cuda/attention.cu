@@ -1,0 +1,492 @@
+// PQ attention for every shape: head_dim up to 256, d_m 2, 4 and 8, any group, any number of new tokens.
+//
+//   out[b,i,h,:] = sum_s p_s v_s,  p = softmax_s(scale q . k_s),  s over the visible slots of row b,
+//   k_s = R(t_f) T^-1 codebook[k_code_s] and v_s = codebook[v_code_s], or the exact vectors of sinks, ring and new
+//   tokens
+//
+// q . k_s is formed as q_f . codebook[k_code_s] with q_f = T^-T R(-t_f) q, prepared once a frame.
+//
+//   prepared [B, H, frames, rows, D] fp32     q_f * scale * log2(e); rows: (query, head of the group)
+//   k_codes  [B, H, tiles, S, 64] uint8       layout rows64
+//   tables   [256, D] fp16 in shared memory   one row a code, as the codebook lies in memory
+//   partials [B, H, rows, splits, D + 2] fp32
+//
+// Three launches: `prepare_kernel`, `attend_kernel` (a block: one split of the tokens of one row and KV head for up to
+// Rows rows), `merge_kernel`.
+//
+// In attend_kernel the lanes of a warp share the channels of one token: lane l looks up pairs of channels whose places
+// in a table row fall on 32 different banks, whatever the codes, so lookups never conflict. Partial dot products of 32
+// tokens are then summed over the lanes by a butterfly that leaves token l's score in lane l.
+#include <cuda_pipeline.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../common/pq_layout.h"
+#include "../common/shapes.h"
+#include "device.cuh"
+
+namespace million {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kGroup = 32;    // tokens that a warp scores at a time, half a tile
+constexpr float kLazy = 8.f;  // how far (log2) a score may exceed the reference maximum before it is raised
+
+// A table row holds Row channels, 64, 128 or 256: head_dim and padding.
+template <int Row>
+constexpr int table_bytes() {
+  return kCentroids * Row * 2;
+}
+
+// The slots that the rows of a block read from codes, and which of them every row reads.
+struct Range {
+  int64_t begin, end;          // any row
+  int64_t all_begin, all_end;  // every row, if there is no mask
+};
+
+// ---- prepared queries ----
+
+// blockIdx: frame, (row, KV head), row of the launch; a thread a channel.
+__global__ void prepare_kernel(const Attention a) {
+  extern __shared__ float vectors[];  // q [D], rotated [D]
+  const Layer& layer = a.layer;
+  const int H = layer.H, b = blockIdx.y / H, h = blockIdx.y % H, D = layer.D, f = blockIdx.x, row = blockIdx.z;
+  if (f > 0 && int64_t(f) * layer.frame_tokens >= first_slot(layer)) return;  // nothing is stored in this frame
+  const int c = threadIdx.x;
+  float *q = vectors, *rotated = vectors + D;
+  q[c] = load(a.q.at(b, h * a.G + row % a.G, a.query0 + row / a.G), c, layer.dtype);
+  __syncthreads();
+  float sum = frame_channel(layer, q, c, layer.inv_freq ? frame_position(layer, b, f) : 0);
+  if (layer.transform) {
+    rotated[c] = sum;
+    __syncthreads();
+    const float* inverse = layer.transform + int64_t(h) * D * D + c;
+    sum = 0.f;
+#pragma unroll 32
+    for (int j = 0; j < D; j++) sum = fmaf(rotated[j], inverse[j * D], sum);
+  }
+  a.prepared[((int64_t(blockIdx.y) * a.frames + f) * a.rows + row) * D + c] = sum * a.scale * kLog2e;
+}
+
+// ---- attention ----
+
+// Sums `partial(t)` of 2^Bits tokens over the lanes: afterwards `out` is the sum for token t0 + (lane mod 2^Bits).
+template <int Bits, int T, int Rows, class Partial>
+__device__ __forceinline__ void reduce_tokens(const Partial& partial, float (&out)[Rows]) {
+  if constexpr (Bits == 0) {
+    partial(std::integral_constant<int, T>(), out);
+  } else {
+    constexpr int kHalf = 1 << (Bits - 1);
+    float low[Rows], high[Rows];
+    reduce_tokens<Bits - 1, T>(partial, low);
+    reduce_tokens<Bits - 1, T + kHalf>(partial, high);
+    const bool upper = threadIdx.x & kHalf;
+#pragma unroll
+    for (int r = 0; r < Rows; r++)
+      out[r] = (upper ? high[r] : low[r]) + __shfl_xor_sync(~0u, upper ? low[r] : high[r], kHalf);
+  }
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  return x;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
+// What a warp has summed up of its rows. `o` holds the lane's channels, `sum` the lane's tokens.
+template <int Rows, int Pairs>
+struct Running {
+  float top[Rows], sum[Rows];
+  float2 o[Rows][Pairs];
+
+  __device__ Running() {
+#pragma unroll
+    for (int r = 0; r < Rows; r++) {
+      top[r] = -INFINITY, sum[r] = 0.f;
+#pragma unroll
+      for (int j = 0; j < Pairs; j++) o[r][j] = {0.f, 0.f};
+    }
+  }
+
+  // Scores (log2) to probabilities relative to `top`, which is raised when a score leaves it far behind.
+  __device__ __forceinline__ void probabilities(float (&s)[Rows]) {
+    bool raise = false;
+#pragma unroll
+    for (int r = 0; r < Rows; r++) raise |= !(s[r] <= top[r] + kLazy);  // NaN too: it must reach the result
+    if (__any_sync(~0u, raise)) {
+#pragma unroll
+      for (int r = 0; r < Rows; r++) {
+        const float higher = fmaxf(top[r], warp_max(s[r]));
+        const float factor = higher == -INFINITY ? 1.f : exp2f(top[r] - higher);
+        top[r] = higher, sum[r] *= factor;
+#pragma unroll
+        for (int j = 0; j < Pairs; j++) o[r][j].x *= factor, o[r][j].y *= factor;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < Rows; r++) {
+      s[r] = s[r] == -INFINITY ? 0.f : exp2f(s[r] - top[r]);
+      sum[r] += s[r];
+    }
+  }
+};
+
+template <int Row, int Rows, bool VShared>
+struct Block {
+  static constexpr int kPairs = Row / 64;  // pairs of channels of a lane
+  using State = Running<Rows, kPairs>;
+
+  const Attention& a;
+  const Layer& layer;
+  const int D, b, h;
+  const int row0, rows;  // rows row0 .. row0 + rows - 1 of the launch are this block's
+  const int lane, warp, warps;
+  const int64_t first;
+  char* shared;  // [K table][V table, if VShared][probabilities: a warp's [kGroup][Rows]]
+
+  __device__ int pair(int j) const {  // place of the lane's j-th pair of channels, on 32 different banks over the warp
+    return lane * kPairs + (kPairs == 1 ? j : kPairs == 2 ? j ^ (lane >> 4) : j ^ (lane >> 3));
+  }
+  __device__ int query(int r) const { return a.query0 + min(row0 + r, a.rows - 1) / a.G; }
+  __device__ int64_t position(int r) const { return first + query(r); }  // slot of a row's own token
+  __device__ int64_t ring_begin() const { return max(layer.clock[2], first - layer.R); }
+
+  __device__ bool masked(int r, int64_t slot) const {
+    if (a.mask == nullptr) return false;
+    return slot >= a.mask_slots || !a.mask[(int64_t(b) * layer.n + query(r)) * a.mask_slots + slot];
+  }
+  __device__ bool from_ring(int r, int64_t slot) const { return slot > position(r) - layer.R && slot >= ring_begin(); }
+
+  __device__ Range range() const {
+    const int64_t stored = min(first, min(layer.k.slots, layer.v.slots));
+    const int64_t begin = max(int64_t(layer.start[b]) + layer.N, int64_t(0));
+    const auto end_for = [&](int r) { return min(stored, max(position(r) - layer.R + 1, ring_begin())); };
+    return {begin, end_for(rows - 1), begin, end_for(0)};
+  }
+
+  __device__ const __half* codebook(const Coded& book) const {
+    return reinterpret_cast<const __half*>(book.codebook) + int64_t(h) * kCentroids * D;
+  }
+
+  __device__ void load_table(const Coded& book, char* table) const {
+    constexpr int kVectors = Row / 8;
+    const int used = D / 8;
+    const uint4* source = reinterpret_cast<const uint4*>(codebook(book));
+    for (int i = threadIdx.x; i < kCentroids * kVectors; i += blockDim.x) {
+      const int code = i / kVectors, v = i % kVectors;
+      if (v < used)
+        __pipeline_memcpy_async(reinterpret_cast<uint4*>(table) + i, source + code * used + v, sizeof(uint4));
+      else
+        reinterpret_cast<uint4*>(table)[i] = uint4{0, 0, 0, 0};
+    }
+  }
+
+  // The lane's codes of kGroup tokens from `slot`: a word holds four tokens.
+  __device__ __forceinline__ void load_codes(const Coded& book, int64_t slot,
+                                             uint32_t (&words)[kPairs][kGroup / 4]) const {
+    const uint8_t* codes = book.codes + (int64_t(b) * layer.H + h) * book.slots * book.S;
+#pragma unroll
+    for (int j = 0; j < kPairs; j++) {
+      const int m = min(2 * pair(j), D - 2) / book.d;
+      const uint4* at = reinterpret_cast<const uint4*>(codes + code_offset(kRows64, slot, m, book.S));
+#pragma unroll
+      for (int i = 0; i < kGroup / 16; i++) {
+        const uint4 w = __ldg(at + i);
+        words[j][4 * i] = w.x, words[j][4 * i + 1] = w.y, words[j][4 * i + 2] = w.z, words[j][4 * i + 3] = w.w;
+      }
+    }
+  }
+
+  __device__ __forceinline__ float2 lookup(const char* table, int row_channels, uint32_t word, int byte,
+                                           int pair) const {
+    const uint32_t code = __byte_perm(word, 0, 0x4440 | byte);
+    return __half22float2(reinterpret_cast<const __half2*>(table)[code * (row_channels / 2) + pair]);
+  }
+
+  __device__ __forceinline__ void load_query(int64_t frame, float2 (&q)[Rows][kPairs]) const {
+    const int64_t head = (int64_t(b) * layer.H + h) * a.frames + frame;
+#pragma unroll
+    for (int r = 0; r < Rows; r++)
+#pragma unroll
+      for (int j = 0; j < kPairs; j++)
+        q[r][j] = r < rows && 2 * pair(j) < D
+                      ? *reinterpret_cast<const float2*>(a.prepared + (head * a.rows + row0 + r) * D + 2 * pair(j))
+                      : float2{0.f, 0.f};
+  }
+
+  __device__ __forceinline__ void scores(const uint32_t (&words)[kPairs][kGroup / 4], const float2 (&q)[Rows][kPairs],
+                                         float (&s)[Rows]) const {
+    reduce_tokens<5, 0>(
+        [&](auto token, float (&partial)[Rows]) {
+          constexpr int t = decltype(token)::value;
+#pragma unroll
+          for (int r = 0; r < Rows; r++) partial[r] = 0.f;
+#pragma unroll
+          for (int j = 0; j < kPairs; j++) {
+            const float2 k = lookup(shared, Row, words[j][t / 4], t % 4, pair(j));
+#pragma unroll
+            for (int r = 0; r < Rows; r++) partial[r] = fmaf(q[r][j].x, k.x, fmaf(q[r][j].y, k.y, partial[r]));
+          }
+        },
+        s);
+  }
+
+  // Attention over the coded slots of one split.
+  __device__ void coded(State& state) const {
+    const Range range = this->range();
+    const int64_t tile0 = range.begin / 64, tiles = max((range.end + 63) / 64 - tile0, int64_t(0));
+    const int64_t begin = tile0 + tiles * blockIdx.x / a.splits, end = tile0 + tiles * (blockIdx.x + 1) / a.splits;
+    if (begin >= end) return;
+    load_table(layer.k, shared);
+    char* v_table = shared + table_bytes<Row>();
+    if (VShared) load_table(layer.v, v_table);
+    float* p = reinterpret_cast<float*>(v_table + (VShared ? table_bytes<Row>() : 0)) + warp * kGroup * Rows;
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    float2 q[Rows][kPairs];
+    int64_t frame = -1;
+    for (int64_t group = 2 * begin + warp; group < 2 * end; group += warps) {
+      const int64_t slot0 = group * kGroup, slot = slot0 + lane;
+      uint32_t k_words[kPairs][kGroup / 4], v_words[kPairs][kGroup / 4];
+      load_codes(layer.k, slot0, k_words);
+      load_codes(layer.v, slot0, v_words);
+      float s[Rows] = {};
+      const bool framed = layer.inv_freq != nullptr;
+      const int64_t last = framed ? (slot0 + kGroup - 1) / layer.frame_tokens : 0;
+      for (int64_t f = framed ? slot0 / layer.frame_tokens : 0; f <= last; f++) {
+        if (f >= a.frames) break;
+        if (f != frame) load_query(frame = f, q);
+        if (framed && f * layer.frame_tokens > slot0) {  // a frame that begins inside this group of tokens
+          float later[Rows];
+          scores(k_words, q, later);
+#pragma unroll
+          for (int r = 0; r < Rows; r++) s[r] = slot >= f * layer.frame_tokens ? later[r] : s[r];
+        } else {
+          scores(k_words, q, s);
+        }
+      }
+      if (a.mask != nullptr || slot0 < range.all_begin || slot0 + kGroup > range.all_end) {
+#pragma unroll
+        for (int r = 0; r < Rows; r++) {
+          const bool seen = slot >= range.begin && slot < range.end && !from_ring(r, slot) && !masked(r, slot);
+          s[r] = seen ? s[r] : -INFINITY;
+        }
+      }
+      state.probabilities(s);
+      __syncwarp();  // the previous group's probabilities have been read
+#pragma unroll
+      for (int r = 0; r < Rows; r++) p[lane * Rows + r] = s[r];
+      __syncwarp();
+#pragma unroll
+      for (int t = 0; t < kGroup; t++) {
+        float weight[Rows];
+#pragma unroll
+        for (int r = 0; r < Rows; r++) weight[r] = p[t * Rows + r];
+#pragma unroll
+        for (int j = 0; j < kPairs; j++) {
+          const float2 v = VShared ? lookup(v_table, Row, v_words[j][t / 4], t % 4, pair(j))
+                                   : lookup(reinterpret_cast<const char*>(codebook(layer.v)), D, v_words[j][t / 4],
+                                            t % 4, min(pair(j), D / 2 - 1));
+#pragma unroll
+          for (int r = 0; r < Rows; r++) {
+            state.o[r][j].x = fmaf(weight[r], v.x, state.o[r][j].x);
+            state.o[r][j].y = fmaf(weight[r], v.y, state.o[r][j].y);
+          }
+        }
+      }
+    }
+  }
+
+  // Attention over this split's share of sinks, ring and new tokens, a warp a token.
+  __device__ void exact(State& state) const {
+    const int64_t head = int64_t(b) * layer.H + h;
+    const int start = layer.start[b];
+    float2 q[Rows][kPairs];
+#pragma unroll
+    for (int r = 0; r < Rows; r++)
+#pragma unroll
+      for (int j = 0; j < kPairs; j++) {
+        q[r][j] = {0.f, 0.f};
+        if (r < rows && 2 * pair(j) < D) {
+          const char* source = a.q.at(b, h * a.G + (row0 + r) % a.G, query(r));
+          const float factor = a.scale * kLog2e;
+          q[r][j] = {load(source, 2 * pair(j), layer.dtype) * factor,
+                     load(source, 2 * pair(j) + 1, layer.dtype) * factor};
+        }
+      }
+    const int64_t oldest = max(ring_begin(), int64_t(0)),
+                  ring_tokens = max(min(first - oldest, int64_t(layer.R)), int64_t(0));
+    const int64_t tokens = layer.N + ring_tokens + layer.n;
+    for (int64_t i = int64_t(blockIdx.x) * warps + warp; i < tokens; i += int64_t(a.splits) * warps) {
+      const bool is_sink = i < layer.N, is_new = i >= layer.N + ring_tokens;
+      const int64_t slot = is_sink ? start + i : is_new ? first + i - layer.N - ring_tokens : oldest + i - layer.N;
+      if (slot < start || slot < 0) continue;
+      if (is_sink ? slot >= first : !is_new && slot < start + layer.N) continue;  // not stored yet; already a sink
+      const int64_t row = is_sink ? head * layer.N + i : head * layer.R + (is_new ? 0 : slot % layer.R);
+      const int64_t bytes = row * D * size_of(layer.dtype), token = slot - first;
+      const char* k = is_new ? layer.k_new.at(b, h, token) : (is_sink ? layer.k_sinks : layer.k_ring) + bytes;
+      const char* v = is_new ? layer.v_new.at(b, h, token) : (is_sink ? layer.v_sinks : layer.v_ring) + bytes;
+      float s[Rows] = {};
+#pragma unroll
+      for (int j = 0; j < kPairs; j++) {
+        if (2 * pair(j) >= D) continue;
+        const float2 key = {load(k, 2 * pair(j), layer.dtype), load(k, 2 * pair(j) + 1, layer.dtype)};
+#pragma unroll
+        for (int r = 0; r < Rows; r++) s[r] = fmaf(q[r][j].x, key.x, fmaf(q[r][j].y, key.y, s[r]));
+      }
+#pragma unroll
+      for (int r = 0; r < Rows; r++) {
+        const bool seen = slot <= position(r) && (is_sink || is_new || from_ring(r, slot)) && !masked(r, slot);
+        s[r] = seen ? warp_sum(s[r]) : -INFINITY;
+      }
+      state.probabilities(s);
+#pragma unroll
+      for (int r = 0; r < Rows; r++)
+        if (lane != 0) state.sum[r] -= s[r];  // all lanes hold the same token: count it once
+#pragma unroll
+      for (int j = 0; j < kPairs; j++) {
+        if (2 * pair(j) >= D) continue;
+        const float2 value = {load(v, 2 * pair(j), layer.dtype), load(v, 2 * pair(j) + 1, layer.dtype)};
+#pragma unroll
+        for (int r = 0; r < Rows; r++)
+          if (s[r] != 0.f) {  // a slot that nobody sees may hold NaN
+            state.o[r][j].x = fmaf(s[r], value.x, state.o[r][j].x);
+            state.o[r][j].y = fmaf(s[r], value.y, state.o[r][j].y);
+          }
+      }
+    }
+  }
+
+  // Merges the warps and writes the block's partial result.
+  __device__ void finish(State& state) const {
+    float* numerators = reinterpret_cast<float*>(shared);  // [warps, Rows, Row]
+    float* ends = numerators + warps * Rows * Row;         // [warps, Rows, 2]
+    __syncthreads();                                       // the tables are no longer needed
+#pragma unroll
+    for (int r = 0; r < Rows; r++) {
+      const float sum = warp_sum(state.sum[r]);
+#pragma unroll
+      for (int j = 0; j < kPairs; j++)
+        *reinterpret_cast<float2*>(numerators + (warp * Rows + r) * Row + 2 * pair(j)) = state.o[r][j];
+      if (lane == 0) ends[(warp * Rows + r) * 2] = state.top[r], ends[(warp * Rows + r) * 2 + 1] = sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * (D + 2); i += blockDim.x) {
+      const int r = i / (D + 2), c = i % (D + 2);
+      float top = -INFINITY, total = 0.f;
+      for (int w = 0; w < warps; w++) top = fmaxf(top, ends[(w * Rows + r) * 2]);
+      for (int w = 0; w < warps; w++) {
+        const float own = ends[(w * Rows + r) * 2];
+        if (own == -INFINITY && ends[(w * Rows + r) * 2 + 1] == 0.f) continue;  // saw nothing
+        total += exp2f(own - top) * (c < D ? numerators[(w * Rows + r) * Row + c] : ends[(w * Rows + r) * 2 + 1]);
+      }
+      const int64_t row = (int64_t(b) * layer.H + h) * a.rows + row0 + r;
+      a.partials[(row * a.splits + blockIdx.x) * (D + 2) + c] = c == D ? top : total;
+    }
+  }
+};
+
+// blockIdx: split, (row, KV head), block of rows.
+template <int Row, int Rows, bool VShared, int Threads>
+__global__ void __launch_bounds__(Threads, 1) attend_kernel(const Attention a) {
+  extern __shared__ __align__(16) char shared[];
+  const int row0 = blockIdx.z * Rows;
+  const Block<Row, Rows, VShared> block{a,
+                                        a.layer,
+                                        int(a.layer.D),
+                                        int(blockIdx.y / a.layer.H),
+                                        int(blockIdx.y % a.layer.H),
+                                        row0,
+                                        min(Rows, a.rows - row0),
+                                        int(threadIdx.x % kWarp),
+                                        int(threadIdx.x / kWarp),
+                                        Threads / kWarp,
+                                        first_slot(a.layer),
+                                        shared};
+  typename Block<Row, Rows, VShared>::State state;
+  block.coded(state);
+  block.exact(state);
+  block.finish(state);
+}
+
+// One block a query head and query; threads: channels.
+__global__ void merge_kernel(const Attention a) {
+  const Layer& layer = a.layer;
+  const int D = layer.D, rows = a.rows, parts = a.splits;
+  const int64_t row = blockIdx.x;
+  const float* partials = a.partials + row * parts * (D + 2);
+  float top = -INFINITY, sum = 0.f;
+  for (int i = 0; i < parts; i++) top = fmaxf(top, partials[i * (D + 2) + D]);
+  float out = 0.f;
+  for (int i = 0; i < parts; i++) {
+    const float* part = partials + i * (D + 2);
+    if (part[D] == -INFINITY && part[D + 1] == 0.f) continue;
+    const float factor = exp2f(part[D] - top);
+    sum += factor * part[D + 1];
+    out += factor * part[threadIdx.x];
+  }
+  const int b = row / rows / layer.H, h = row / rows % layer.H, query = a.query0 + row % rows / a.G;
+  const int head = h * a.G + row % rows % a.G, heads = layer.H * a.G;
+  // A query that sees nothing (left padding) gets zeros and an LSE of -inf, never NaN.
+  store(a.out, ((int64_t(b) * layer.n + query) * heads + head) * D + threadIdx.x, sum == 0.f ? 0.f : out / sum,
+        layer.dtype);
+  if (a.lse && threadIdx.x == 0)
+    a.lse[(int64_t(b) * heads + head) * layer.n + query] = sum == 0.f ? -INFINITY : (top + log2f(sum)) / kLog2e;
+}
+
+template <int Row, int Rows, bool VShared>
+cudaError_t attend(const Attention& a, cudaStream_t stream) {
+  constexpr int kThreads = Row == 256 || Rows == 8 ? 256 : Rows == 4 ? 384 : 512, kWarps = kThreads / kWarp;
+  const size_t tables = table_bytes<Row>() * (VShared ? 2 : 1) + kWarps * kGroup * Rows * sizeof(float);
+  const size_t merging = kWarps * Rows * (Row + 2) * sizeof(float);
+  const size_t shared = std::max(tables, merging);
+  const auto kernel = attend_kernel<Row, Rows, VShared, kThreads>;
+  const cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (set != cudaSuccess) return set;
+  const dim3 grid(a.splits, a.layer.B * a.layer.H, (a.rows + Rows - 1) / Rows);
+  kernel<<<grid, kThreads, shared, stream>>>(a);
+  return cudaGetLastError();
+}
+
+template <int Row, bool VShared>
+cudaError_t attend(const Attention& a, cudaStream_t stream) {
+  if (a.rows == 1) return attend<Row, 1, VShared>(a, stream);
+  if (a.rows == 2) return attend<Row, 2, VShared>(a, stream);
+  if (a.rows <= 4) return attend<Row, 4, VShared>(a, stream);
+  return attend<Row, 8, VShared>(a, stream);
+}
+
+// The values' table goes to shared memory too where both fit; else its lookups go through the L1 cache.
+template <int Row>
+cudaError_t attend(const Attention& a, int shared_limit, cudaStream_t stream) {
+  constexpr int kScratch = 24 << 10;
+  if constexpr (2 * table_bytes<Row>() + kScratch <= 227 << 10)
+    if (2 * table_bytes<Row>() + kScratch <= shared_limit) return attend<Row, true>(a, stream);
+  return attend<Row, false>(a, stream);
+}
+
+}  // namespace
+
+cudaError_t attention_launch(const Attention& a, cudaStream_t stream) {
+  const Layer& layer = a.layer;
+  prepare_kernel<<<dim3(a.frames, layer.B * layer.H, a.rows), layer.D, 2 * layer.D * sizeof(float), stream>>>(a);
+  int device = 0, limit = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const cudaError_t result = layer.D <= 64    ? attend<64>(a, limit, stream)
+                             : layer.D <= 128 ? attend<128>(a, limit, stream)
+                                              : attend<256>(a, limit, stream);
+  if (result != cudaSuccess) return result;
+  merge_kernel<<<layer.B * layer.H * a.rows, layer.D, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+}  // namespace million

@@ -1,0 +1,166 @@
+// Registers the CUDA kernels: checks arguments, describes tensors as plain structs, allocates workspaces. Host code
+// only, compiled without CUDA's compiler; nothing here waits for the device or reads from it.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "../common/arguments.h"
+#include "kernels.h"
+
+namespace million {
+namespace {
+
+constexpr int64_t kMaxQueries = 256;                    // new tokens of one launch
+constexpr int64_t kWorkspaceFloats = int64_t(1) << 26;  // prepared queries of one launch, 256 MiB, if it has several
+
+cudaStream_t stream_of(const Tensor& x) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(const char* op, cudaError_t error) {
+  REQUIRE(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
+}
+
+void check_head_dim(int64_t D) {
+  REQUIRE(D > 0 && D <= 256 && D % kChannelStep == 0, "the CUDA kernels need a head_dim that is a multiple of ",
+          kChannelStep, " and at most 256, got ", D);
+}
+
+void check_layout(const Layer& layer) {
+  REQUIRE(layer.k.layout == kRows64 && layer.v.layout == kRows64,
+          "the CUDA kernels read codes of layout 1 (rows64), got k_layout ", layer.k.layout, " and v_layout ",
+          layer.v.layout);
+}
+
+// Makes the tensors' device current while an op runs.
+struct OnDevice {
+  int before = 0;
+  explicit OnDevice(const Tensor& x) {
+    cudaGetDevice(&before);
+    if (x.get_device() != before) cudaSetDevice(x.get_device());
+  }
+  ~OnDevice() { cudaSetDevice(before); }
+};
+
+Tensor pq_encode(const Tensor& x, const Tensor& codebook) {
+  check_shape("x", x, {kAny, kAny, kAny, kAny}, "[B, H, T, D]");
+  const DType dtype = float_dtype("x", x.scalar_type());
+  const int64_t B = x.size(0), H = x.size(1), T = x.size(2), D = x.size(3);
+  Copies copies;
+  Encode a{strided_of(x, size_of(dtype), copies),          dtype, int(B), int(H), int(T), int(D),
+           coded_of("codebook", codebook, H, D, x, copies)};
+  Tensor codes = torch::stable::new_empty(x, {B, H, T, a.book.S}, ScalarType::Byte);
+  if (codes.numel() == 0) return codes;
+  check_head_dim(D);
+  a.book.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  const OnDevice guard(x);
+  check_launch("pq_encode", encode_launch(a, stream_of(x)));
+  return codes;
+}
+
+Tensor pq_decode(const Tensor& codes, const Tensor& codebook, ScalarType dtype) {
+  check_shape("codes", codes, {kAny, kAny, kAny, kAny}, "[B, H, T, S]");
+  check_dtype("codes", codes, ScalarType::Byte, codes);
+  const int64_t B = codes.size(0), H = codes.size(1), T = codes.size(2);
+  Copies copies;
+  const Coded book = coded_of("codebook", codebook, H, kAny, codes, copies);
+  REQUIRE(codes.size(3) == book.S, "codes have ", codes.size(3), " subspaces, the codebook ", book.S);
+  const DType element = float_dtype("dtype", dtype);
+  Tensor out = torch::stable::new_empty(codes, {B, H, T, book.S * book.d}, dtype);
+  if (out.numel() == 0) return out;
+  const Decode a{contiguous_data<uint8_t>(codes, copies), int(B), int(H), T, book, element, out.mutable_data_ptr()};
+  const OnDevice guard(codes);
+  check_launch("pq_decode", decode_launch(a, stream_of(codes)));
+  return out;
+}
+
+void pq_append_(MILLION_APPEND_PARAMETERS) {
+  LayerTensors tensors = MILLION_LAYER_TENSORS;
+  const Layer layer = tensors.describe();
+  check_head_dim(layer.D);
+  check_layout(layer);
+  if (layer.B * layer.H == 0) return;
+  const OnDevice guard(k);
+  check_launch("pq_append_", append_launch(layer, stream_of(k)));
+}
+
+int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// Splits fill the machine once with blocks, but leave a block at least kSplitTiles tiles when the cache is full: the
+// capacity decides, because the length is known on the device alone.
+int splits_for(const Attention& a) {
+  constexpr int64_t kSplitTiles = 8;
+  const Layer& layer = a.layer;
+  const int64_t blocks = layer.B * layer.H * ((a.rows + 7) / 8);
+  const int64_t tiles = std::min(layer.k.slots, layer.v.slots) / tile_tokens(kRows64);
+  return int(std::max<int64_t>(1, std::min(multiprocessors() / blocks, (tiles + kSplitTiles - 1) / kSplitTiles)));
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, const std::optional<Tensor>& mask,
+                                     double scale, bool with_lse) {
+  const Layer layer = tensors.describe();
+  const int64_t G = check_query(q, tensors.k), heads = layer.H * G;
+  check_head_dim(layer.D);
+  check_layout(layer);
+  const Strided queries = strided_of(q, size_of(layer.dtype), tensors.copies);
+  const uint8_t* mask_bits = mask_data(mask, layer, q, tensors.copies);
+  Tensor out = torch::stable::new_empty(q, {layer.B, layer.n, heads, layer.D});
+  Tensor lse = with_lse ? torch::stable::new_empty(q, {layer.B, heads, layer.n}, ScalarType::Float) : out;
+  if (layer.B == 0) return {out, lse};
+  const OnDevice guard(q);
+  Attention a{};
+  a.layer = layer;
+  a.q = queries;
+  a.G = int(G);
+  a.mask = mask_bits;
+  a.mask_slots = mask ? mask->size(3) : 0;
+  a.scale = float(scale);
+  a.out = out.mutable_data_ptr();
+  a.lse = with_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
+  const int64_t slots = std::min(layer.k.slots, layer.v.slots);
+  a.frames = layer.inv_freq ? int(std::max<int64_t>(1, (slots + layer.frame_tokens - 1) / layer.frame_tokens)) : 1;
+
+  // Many new tokens go in blocks, so that the workspaces do not grow with their number.
+  const int64_t query_floats = layer.B * heads * a.frames * layer.D;
+  const int64_t block = std::min({layer.n, kMaxQueries, std::max<int64_t>(1, kWorkspaceFloats / query_floats)});
+  a.rows = int(block * G);
+  a.splits = splits_for(a);
+  Tensor prepared = torch::stable::new_empty(q, {query_floats * block}, ScalarType::Float);
+  Tensor partials =
+      torch::stable::new_empty(q, {layer.B * heads * block * a.splits * (layer.D + 2)}, ScalarType::Float);
+  a.prepared = static_cast<float*>(prepared.mutable_data_ptr());
+  a.partials = static_cast<float*>(partials.mutable_data_ptr());
+  for (int64_t first = 0; first < layer.n; first += block) {
+    a.query0 = int(first);
+    a.rows = int(std::min(block, layer.n - first) * G);
+    check_launch("pq_attention", attention_launch(a, stream_of(q)));
+  }
+  return {out, lse};
+}
+
+Tensor pq_attention(MILLION_ATTENTION_PARAMETERS) {
+  return std::get<0>(attention(q, MILLION_LAYER_TENSORS, mask, scale, false));
+}
+
+std::tuple<Tensor, Tensor> pq_attention_lse(MILLION_ATTENTION_PARAMETERS) {
+  return attention(q, MILLION_LAYER_TENSORS, mask, scale, true);
+}
+
+}  // namespace
+}  // namespace million
+
+STABLE_TORCH_LIBRARY_IMPL(million_ops, CUDA, m) {
+  m.impl("pq_encode", TORCH_BOX(&million::pq_encode));
+  m.impl("pq_decode", TORCH_BOX(&million::pq_decode));
+  m.impl("pq_append_", TORCH_BOX(&million::pq_append_));
+  m.impl("pq_attention", TORCH_BOX(&million::pq_attention));
+  m.impl("pq_attention_lse", TORCH_BOX(&million::pq_attention_lse));
+}
