@@ -93,7 +93,7 @@ def run_demo(
     )
     config = PQConfig.preset(preset)
     kernels = "compiled kernels" if million_ops.has_kernels("cpu") else "PyTorch reference, slow: no compiled kernels"
-    console.print(f"MILLION {preset} on the CPU ({kernels}); the first run takes two to three minutes", highlight=False)
+    console.print(f"MILLION {preset} on the CPU ({kernels}); the first run takes about two minutes", highlight=False)
     fetch_smollm2()
     with stage(console, "1/4 Loading SmolLM2-135M-Instruct (about 20 s)"):
         model, tokenizer = load_model(SMOLLM2)
@@ -101,12 +101,12 @@ def run_demo(
         books, known = cached_codebooks(model, tokenizer, body, source, config)
         if known:
             console.print("    found in the cache of an earlier run")
-    with stage(console, f"3/4 Generating {max_new_tokens} tokens with either cache (about 20 s)"):
+    with stage(console, f"3/4 Generating {max_new_tokens} tokens with either cache (about 10 s)"):
         prompt = prompt or default_prompt()
         dense = generate_text(model, tokenizer, None, prompt, max_new_tokens)
         million = generate_text(model, tokenizer, books, prompt, max_new_tokens)
     tokens = EVALUATION_CONTEXT * EVALUATION_CONTEXTS
-    with stage(console, f"4/4 Scoring {tokens} tokens of held-out text through the decode path (about 30 s)"):
+    with stage(console, f"4/4 Scoring {tokens} tokens of held-out text through the decode path (about 15 s)"):
         result = evaluate_text(
             model,
             tokenizer,
