@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent
 CPU_SOURCES = ROOT / "csrc" / "cpu"
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
 KERNELS = ("attention.cpp", "encode.cpp")  # compiled once per instruction set
-CUDA_ARCHS = os.environ.get("MILLION_CUDA_ARCHS", "80 90 100 120").split()
+CUDA_ARCHS = ("80", "90", "100", "120")  # as far as nvcc knows them
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
 BUILD = os.environ.get("MILLION_BUILD", "")
 STABLE_ABI = (2, 10)  # the oldest torch that the libraries load on
@@ -127,8 +127,12 @@ class BuildKernels(build_ext):
         toolkit = find_cuda()
         include = ["-DUSE_CUDA", "-isystem", toolkit / "include"]
         jobs = [(objects / "bind.o", *compiler, *FLAGS, *stable, *include, "-c", CUDA_SOURCES / "bind.cpp")]
+        chosen = os.environ.get("MILLION_CUDA_ARCHS", "").split()
+        if not chosen:
+            known = subprocess.run([toolkit / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
+            chosen = [x for x in CUDA_ARCHS if f"compute_{x}" in known.split()]
+        archs = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in chosen]
         for source in sorted(CUDA_SOURCES.glob("*.cu")):
-            archs = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in CUDA_ARCHS]
             jobs.append(
                 (
                     objects / f"{source.stem}.o",

@@ -450,7 +450,7 @@ cudaError_t attend(const Attention& a, cudaStream_t stream) {
   const size_t shared = std::max(tables, merging);
   const auto kernel = attend_kernel<Row, Rows, VShared, kThreads>;
   const cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (set != cudaSuccess) return set;
+  if (set != cudaSuccess) return cudaGetLastError();  // and clears it
   const dim3 grid(a.splits, a.layer.B * a.layer.H, (a.rows + Rows - 1) / Rows);
   kernel<<<grid, kThreads, shared, stream>>>(a);
   return cudaGetLastError();

@@ -24,9 +24,28 @@ void check_launch(const char* op, cudaError_t error) {
   REQUIRE(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
 }
 
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, which, device);
+  return value;
+}
+
+// What the current device cannot run is refused before anything is launched.
 void check_head_dim(int64_t D) {
+  constexpr int kWideShared = 161 << 10;
   REQUIRE(D > 0 && D <= 256 && D % kChannelStep == 0, "the CUDA kernels need a head_dim that is a multiple of ",
           kChannelStep, " and at most 256, got ", D);
+  REQUIRE(attribute(cudaDevAttrComputeCapabilityMajor) >= 8,
+          "the CUDA kernels need a GPU of compute capability 8.0 or newer");
+  const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  REQUIRE(D <= 128 || shared >= kWideShared, "head_dim ", D, " needs ", kWideShared >> 10,
+          " KiB of shared memory a block, this GPU has ", shared >> 10);
+}
+
+// Rows and KV heads are the second dimension of every launch's grid.
+void check_grid(int64_t B, int64_t H) {
+  REQUIRE(B * H <= 65535, "the CUDA kernels take at most 65535 rows x KV heads, got ", B, " x ", H);
 }
 
 void check_layout(const Layer& layer) {
@@ -54,9 +73,10 @@ Tensor pq_encode(const Tensor& x, const Tensor& codebook) {
            coded_of("codebook", codebook, H, D, x, copies)};
   Tensor codes = torch::stable::new_empty(x, {B, H, T, a.book.S}, ScalarType::Byte);
   if (codes.numel() == 0) return codes;
-  check_head_dim(D);
-  a.book.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   const OnDevice guard(x);
+  check_head_dim(D);
+  check_grid(B, H);
+  a.book.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   check_launch("pq_encode", encode_launch(a, stream_of(x)));
   return codes;
 }
@@ -80,18 +100,12 @@ Tensor pq_decode(const Tensor& codes, const Tensor& codebook, ScalarType dtype) 
 void pq_append_(MILLION_APPEND_PARAMETERS) {
   LayerTensors tensors = MILLION_LAYER_TENSORS;
   const Layer layer = tensors.describe();
+  const OnDevice guard(k);
   check_head_dim(layer.D);
+  check_grid(layer.B, layer.H);
   check_layout(layer);
   if (layer.B * layer.H == 0) return;
-  const OnDevice guard(k);
   check_launch("pq_append_", append_launch(layer, stream_of(k)));
-}
-
-int multiprocessors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
 }
 
 // Splits fill the machine once with blocks, but leave a block at least kSplitTiles tiles when the cache is full: the
@@ -101,21 +115,23 @@ int splits_for(const Attention& a) {
   const Layer& layer = a.layer;
   const int64_t blocks = layer.B * layer.H * ((a.rows + 7) / 8);
   const int64_t tiles = std::min(layer.k.slots, layer.v.slots) / tile_tokens(kRows64);
-  return int(std::max<int64_t>(1, std::min(multiprocessors() / blocks, (tiles + kSplitTiles - 1) / kSplitTiles)));
+  return int(std::max<int64_t>(
+      1, std::min(attribute(cudaDevAttrMultiProcessorCount) / blocks, (tiles + kSplitTiles - 1) / kSplitTiles)));
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, const std::optional<Tensor>& mask,
                                      double scale, bool with_lse) {
   const Layer layer = tensors.describe();
   const int64_t G = check_query(q, tensors.k), heads = layer.H * G;
+  const OnDevice guard(q);
   check_head_dim(layer.D);
+  check_grid(layer.B, layer.H);
   check_layout(layer);
   const Strided queries = strided_of(q, size_of(layer.dtype), tensors.copies);
   const uint8_t* mask_bits = mask_data(mask, layer, q, tensors.copies);
   Tensor out = torch::stable::new_empty(q, {layer.B, layer.n, heads, layer.D});
   Tensor lse = with_lse ? torch::stable::new_empty(q, {layer.B, heads, layer.n}, ScalarType::Float) : out;
   if (layer.B == 0) return {out, lse};
-  const OnDevice guard(q);
   Attention a{};
   a.layer = layer;
   a.q = queries;

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from million_cache.cache import ATTENTION, KVHandle, MillionLayer, forget_enabled, record_enabled
+from million_cache.cache import ATTENTION, KVHandle, MillionLayer, enabled_fingerprint, forget_enabled, record_enabled
 from million_cache.models import check_supported, fingerprint
 
 # Forwards of up to this many tokens on a non-empty cache take the decode path, where a chunk equals single steps whatever the
@@ -168,9 +168,10 @@ def enable(model: PreTrainedModel) -> None:
     """
     text = model.config.get_text_config(decoder=True)
     check_supported(text)
-    if text._attn_implementation == ATTENTION:
+    if enabled_fingerprint(text) is not None and text._attn_implementation == ATTENTION:
         return
-    record_enabled(text, fingerprint(model), text._attn_implementation)
+    before = text._attn_implementation
+    record_enabled(text, fingerprint(model), "sdpa" if before == ATTENTION else before)
     model.set_attn_implementation(ATTENTION)
 
 

@@ -99,17 +99,22 @@ class Clock:
 
     def begin(self, n: int) -> None:
         past, total, ring_lo = self.time.unbind()
-        lost = torch.maximum(ring_lo, total - self.recent_tokens)
-        self.time.copy_(torch.stack((past, past + n, torch.where(total > past, lost, ring_lo))))
+        self.time.copy_(torch.stack((past, past + n, self._ring_begin(past, total, ring_lo, total > past))))
 
     def commit(self) -> None:
         _, total, ring_lo = self.time.unbind()
         self.time.copy_(torch.stack((total, total, ring_lo)))
 
     def crop(self, n: int) -> None:
-        past, _, ring_lo = self.time.unbind()
-        ring_lo = torch.maximum(ring_lo, past - self.recent_tokens)
-        self.time.copy_(torch.stack((past - n, past - n, ring_lo)))
+        past, total, ring_lo = self.time.unbind()
+        kept = past - n
+        self.time.copy_(torch.stack((kept, kept, self._ring_begin(kept, total, ring_lo, total > kept))))
+
+    def _ring_begin(self, kept: Tensor, written: Tensor, ring_lo: Tensor, dropped: Tensor) -> Tensor:
+        """``ring_lo`` when of ``written`` tokens only ``kept`` stay: the dropped ones overwrote every ring slot before
+        ``written - R``. What is fed from slot ``kept`` on is written anew, so it never lies beyond that."""
+        overwritten = torch.minimum(torch.maximum(ring_lo, written - self.recent_tokens), kept)
+        return torch.where(dropped, overwritten, ring_lo)
 
     def set_start(self, start: Tensor) -> None:
         """Fix ``start`` (and with it ``origin``) of the rows that hold no valid token yet. start [B] int32."""
@@ -134,7 +139,9 @@ class CacheState:
         self.recent_tokens, self.sink_tokens, self.first_position = recent_tokens, sink_tokens, first_position
         self.clocks: list[Clock] = []
         self.empty = True  # no forward has finished since the last reset
-        self.fed = 0  # tokens that eager forwards are known to have fed: at most the clock's
+        self.fed = 0  # tokens of finished eager forwards: at most the clock's
+        self.feeding: int | None = None  # tokens of an eager forward that has begun and not finished
+        self.rolls_back = True  # whether a forward that dies leaves no trace: not with layers that keep their own count
         self.million = False  # whether the tokens it holds came through the million attention function
         self.fingerprint_seen = False
 
@@ -149,8 +156,29 @@ class CacheState:
     def commit(self) -> None:
         for clock in self.clocks:
             clock.commit()
+        if not torch.compiler.is_compiling():
+            self.fed = (0 if self.empty else self.fed) + (self.feeding or 0)
+            self.feeding = None
         if self.empty:
             self.empty = False
+
+    def announce(self, n: int, max_cache_len: int) -> None:
+        """An eager forward of n tokens is about to begin: raise if it cannot, before any layer has written anything."""
+        if self.feeding is not None and not self.rolls_back:
+            raise RuntimeError(
+                "the forward before this one did not finish, and the model's sliding-window layers cannot take its tokens back: reset() "
+                "the cache"
+            )
+        # Reading the clock is free on the CPU. On a GPU it would wait for the device in every step: there the host counts what
+        # eager forwards feed. Compiled steps escape that count; the mask function sees the length of the 2-D mask, the op
+        # drops what does not fit, and `check` reports it.
+        on_cpu = self.clocks and self.clocks[0].time.device.type == "cpu"
+        past = 0 if self.empty else int(self.clocks[0].time[0]) if on_cpu else self.fed
+        if past + n > max_cache_len:
+            raise ValueError(
+                f"the cache holds {past} tokens and max_cache_len is {max_cache_len}: {n} more do not fit; nothing was written"
+            )
+        self.feeding = n
 
     def check_model(self) -> None:
         """Refuse codebooks of another model, as far as `enable` recorded which model this is."""
@@ -198,7 +226,6 @@ class MillionLayer(StaticLayer):
             )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads, _, D = key_states.shape
-        self.clock, self.begins = self.state.clock(self.batch_size, self.device)
         self.books: LayerCodebooks = self.state.codebooks.to(self.device)[self.layer_idx]
         group = getattr(self.state.config, "num_attention_heads", self.num_heads) // self.num_heads
         self.codes, layouts = [], []
@@ -220,6 +247,8 @@ class MillionLayer(StaticLayer):
             "k_layout": layouts[0],
             "v_layout": layouts[1],
         }
+        # Last, so that running out of memory above leaves no clock that nobody begins.
+        self.clock, self.begins = self.state.clock(self.batch_size, self.device)
         self.mark_static()
         self.is_initialized = True
 
@@ -284,8 +313,6 @@ class MillionLayer(StaticLayer):
         if self.begins:
             if fresh:
                 state.million = million
-            if not torch.compiler.is_compiling():
-                self._check_capacity(key_states.shape[2])
             self.clock.begin(key_states.shape[2])
         if million != state.million:
             raise RuntimeError(
@@ -299,22 +326,12 @@ class MillionLayer(StaticLayer):
         self.finish()
         return result
 
-    def _check_capacity(self, n: int) -> None:
-        # Reading the clock is free on the CPU. On a GPU it would wait for the device in every step: there the host counts what
-        # eager forwards feed. Compiled steps escape that count; the mask function sees the length of the 2-D mask, the op
-        # drops what does not fit, and `check` reports it.
-        state = self.state
-        past = 0 if state.empty else int(self.clock.time[0]) if self.device.type == "cpu" else state.fed
-        if past + n > self.max_cache_len:
-            raise ValueError(
-                f"the cache holds {past} tokens and max_cache_len is {self.max_cache_len}: {n} more do not fit; nothing was written"
-            )
-        state.fed = past + n
-
     def _update_dequantised(self, k: Tensor, v: Tensor, fresh: bool) -> tuple[Tensor, Tensor]:
         """Append, and rebuild the whole cache in full precision, with every token that is held exactly overlaid exactly."""
         if not fresh:
             _warn_dequantising(self.state)
+        elif self.begins:  # only the attention function knows of padding
+            self.clock.set_start(torch.zeros_like(self.clock.start))
         past, _, ring_lo = self.clock.time.unbind()
         R, sinks = self.state.recent_tokens, self.state.sink_tokens
         slots = torch.arange(self.max_cache_len, device=self.device)
@@ -362,7 +379,7 @@ class MillionLayer(StaticLayer):
         """Forget all tokens. Codes need no zeroing: nothing reads beyond the clock."""
         if self.is_initialized and self.begins:
             self.clock.reset()
-        self.state.empty = True
+        self.state.empty, self.state.feeding = True, None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` tokens (transformers before 5.17: a positive value is how many to keep)."""
@@ -375,7 +392,7 @@ class MillionLayer(StaticLayer):
         if drop > past:
             raise ValueError(f"the cache holds {past} tokens, {drop} cannot be dropped")
         self.clock.crop(drop)
-        self.state.fed = past - drop
+        self.state.fed, self.state.feeding = past - drop, None
         if drop == past:
             self.state.empty = True
 
@@ -404,8 +421,8 @@ def _warn_dequantising(state: CacheState) -> None:
     if not getattr(state, "warned", False):
         state.warned = True
         warnings.warn(
-            f"attention implementation {state.config._attn_implementation!r} reads dequantised keys and values: right, but slow and at full "
-            "memory; call million_cache.enable(model) to attend from the codes",
+            f"attention implementation {state.config._attn_implementation!r} reads dequantised keys and values: slow, at full memory, and "
+            "with left padding less exact; call million_cache.enable(model) to attend from the codes",
             stacklevel=2,
         )
 
@@ -461,6 +478,7 @@ class MillionStaticCache(StaticCache):
         for i in quantised:
             self.layers[i] = MillionLayer(max_cache_len, state, i, is_last=i == quantised[-1])
         self.state = state
+        state.rolls_back = len(quantised) == len(self.layers)
         device = torch.device("cpu" if device is None else device)
         _warn_without_kernels(device)
         if batch_size is not None:
@@ -537,6 +555,17 @@ class MillionStaticCache(StaticCache):
             if x.is_initialized
         )
         return 8 * self.cache_bytes / elements if elements else 0.0
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """See `MillionLayer.update`. Capacity and batch are checked in the model's first layer, before any has written."""
+        if layer_idx == 0 and not torch.compiler.is_compiling():
+            quantised = self.layers[min(self.state.codebooks.layers)]
+            if quantised.is_initialized and key_states.shape[0] != quantised.batch_size:
+                raise ValueError(
+                    f"the cache was made for batch size {quantised.batch_size}, got {key_states.shape[0]}; nothing was written"
+                )
+            self.state.announce(key_states.shape[2], quantised.max_cache_len)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 

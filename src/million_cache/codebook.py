@@ -171,12 +171,14 @@ class Codebooks:
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write both files to ``directory``, which may hold others (a checkpoint).
 
-        They are written beside it and renamed, so an interruption leaves either the old state or the new one; between the
+        They are written to a folder of their own and renamed, so an interruption leaves either the old state or the new one; between the
         renames of two existing files it can leave a pair that `from_pretrained` refuses.
         """
         directory = Path(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp"
+        # Inside it if it exists: it may be a mount point, and a rename stays on one file system.
+        place = directory if directory.exists() else directory.parent
+        staging = place / f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp"
         staging.mkdir()
         try:
             save_file(self._named_tensors(), staging / TENSORS_NAME, metadata={"format": FORMAT})

@@ -70,7 +70,7 @@ def backends() -> dict[str, str]:
     return {
         "reference": "available on every device",
         **{name: status for name, (_, status) in _LOADED.items()},
-        "triton": "missing: this version has no Triton kernels; the reference runs on the GPU",
+        "triton": "missing: this version has no Triton kernels; the CUDA kernels or the reference run",
     }
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
 from million_cache import PRESETS, Codebooks, MillionStaticCache, PQConfig, disable, enable
-from million_cache.cache import CROP_KEEPS, MillionLayer
+from million_cache.cache import CROP_KEEPS, Clock, MillionLayer
 from tests.cache.lossless import RecordingCache, lossless_codebooks
 from tests.cache.tiny_models import tiny_gemma3, tiny_llama
 
@@ -143,6 +143,84 @@ def test_a_forward_that_dies_leaves_no_trace(enabled, books, ids):
     close(got, logits(enabled, ids[:, :24], DynamicCache(config=enabled.config))[:, 20:])
 
 
+def test_cropping_after_a_forward_that_died(enabled, books, ids):
+    """What the dead forward wrote over the ring must not be served after a crop either."""
+    cache = MillionStaticCache(enabled.config, books, MAX_LEN)
+    logits(enabled, ids[:, :20], cache)
+    boom = enabled.model.layers[1].input_layernorm.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logits(enabled, ids[:, 30:34].flip(0), cache)
+    boom.remove()
+    cache.crop(-1)
+    close(
+        logits(enabled, ids[:, 19:23], cache), logits(enabled, ids[:, :23], DynamicCache(config=enabled.config))[:, 19:]
+    )
+
+
+def test_the_window_returns_after_a_crop(device):
+    """``ring_lo`` never lies beyond the kept tokens: what is fed from there on is in the ring again."""
+    clock = Clock(1, 128, 0, torch.device(device))
+    clock.begin(4000)
+    clock.commit()
+    clock.crop(1)
+    assert clock.time.tolist() == [3999, 3999, 3872]  # slot 3871 was overwritten by 3999
+    clock.crop(3499)
+    assert clock.time.tolist() == [500, 500, 500]
+    clock.begin(300)  # dies, after writing over the whole ring
+    clock.begin(2)
+    assert clock.time.tolist() == [500, 502, 500]
+    clock.crop(500)
+    assert clock.time.tolist() == [0, 0, 0]
+
+
+def test_a_forward_that_dies_on_a_model_with_sliding_layers(device):
+    """Sliding layers keep a count of their own and cannot give tokens back: the cache asks for a reset instead of going on wrong."""
+    model = tiny_gemma3().to(device)
+    books = random_codebooks(model, CONFIG)
+    enable(model)
+    cache = MillionStaticCache(model.config, books, 40)
+    ids = torch.arange(3, 50, device=device)[None]
+    logits(model, ids[:, :20], cache)
+    with pytest.raises(ValueError, match="nothing was written"):
+        logits(model, ids[:, :21], cache)
+    assert {int(layer.get_seq_length()) for layer in cache.layers} == {20}
+    boom = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logits(model, ids[:, 20:24], cache)
+    boom.remove()
+    with pytest.raises(RuntimeError, match="did not finish"):
+        logits(model, ids[:, 20:24], cache)
+    cache.reset()
+    logits(model, ids[:, :20], cache)
+    disable(model)
+
+
+def test_enable_after_the_name_was_set(ids):
+    """`enable` also records a model, and a copy of one, that runs the attention function already."""
+    model = tiny_llama().to(ids.device)
+    model.set_attn_implementation("million")
+    for each in (model, copy.deepcopy(model)):
+        enable(each)
+        logits(each, ids[:, :4], MillionStaticCache(each.config, random_codebooks(each, CONFIG), 16))
+        disable(each)
+        assert each.config._attn_implementation == "sdpa"
+
+
+def test_dequantising_forgets_the_padding_of_before(model, books, ids):
+    """Rows that started late in a million prompt start at slot 0 when the same cache dequantises another."""
+    cache = MillionStaticCache(model.config, books, MAX_LEN)
+    mask = torch.ones_like(ids[:, :20])
+    mask[:, :10] = 0
+    enable(model)
+    with torch.no_grad():
+        model(ids[:, :20], attention_mask=mask, past_key_values=cache)
+    cache.crop(-20)
+    disable(model)
+    logits(model, ids[:, :20], cache)
+    got = logits(model, ids[:, 20:24], cache)
+    close(got, logits(model, ids[:, :24], DynamicCache(config=model.config))[:, 20:])
+
+
 # -- bytes ------------------------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +254,7 @@ def random_codebooks(model, config):
     """Codebooks of the right shapes for ``model``; their centroids mean nothing."""
     recording = RecordingCache(model.config)
     with torch.no_grad():
-        model(torch.arange(3, 20)[None], past_key_values=recording)
+        model(torch.arange(3, 20, device=model.device)[None], past_key_values=recording)
     return lossless_codebooks(model, [recording], config)
 
 
