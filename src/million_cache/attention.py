@@ -13,8 +13,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from million_cache.cache import ATTENTION, KVHandle, MillionLayer, enabled_fingerprint, forget_enabled, record_enabled
+from million_cache.cache import KVHandle, MillionLayer
 from million_cache.models import check_supported, fingerprint
+from million_cache.state import ATTENTION, enabled_fingerprint, forget_enabled, record_enabled
 
 # Forwards of up to this many tokens on a non-empty cache take the decode path, where a chunk equals single steps whatever the
 # window. A longer one is a prefill: like a prefill into an empty cache it attends to all of its own tokens exactly.

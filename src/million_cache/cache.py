@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-import weakref
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ import million_ops
 from million_cache.codebook import Codebooks, LayerCodebooks
 from million_cache.config import PQConfig
 from million_cache.models import (
-    Fingerprint,
     check_length,
     check_supported,
     fingerprint,
@@ -33,35 +31,12 @@ from million_cache.models import (
     head_dim,
     kv_heads,
 )
+from million_cache.state import ATTENTION, CacheState, enabled_fingerprint, refuse_other_model
 
-ATTENTION = "million"  # the name under which the attention function is registered with transformers
 CROP_KEEPS = tuple(map(int, transformers.__version__.split(".")[:2])) < (
     5,
     17,
 )  # there crop(n > 0) means "keep n tokens"
-
-
-# Which models are enabled: id of the text config -> (the config, weakly; the model's fingerprint; its attention before).
-# Keyed by the config because that is all a cache is given, and kept outside of it because configs are saved to disk.
-_enabled: dict[int, tuple[weakref.ref, Fingerprint, str]] = {}
-
-
-def record_enabled(config: PreTrainedConfig, seen: Fingerprint, previous_attention: str) -> None:
-    """Remember that the model of this text config was enabled."""
-    key = id(config)
-    _enabled[key] = (weakref.ref(config, lambda _: _enabled.pop(key, None)), seen, previous_attention)
-
-
-def enabled_fingerprint(config: PreTrainedConfig) -> Fingerprint | None:
-    """Fingerprint of the enabled model that has this text config, None if it is not enabled."""
-    entry = _enabled.get(id(config))
-    return None if entry is None else entry[1]
-
-
-def forget_enabled(config: PreTrainedConfig) -> str | None:
-    """Undo `record_enabled`; returns the attention implementation of before, None if the model was not enabled."""
-    entry = _enabled.pop(id(config), None)
-    return None if entry is None else entry[2]
 
 
 class KVHandle:
@@ -71,134 +46,6 @@ class KVHandle:
 
     def __init__(self, layer: MillionLayer, new: Tensor, fresh: bool):
         self.layer, self.new, self.fresh = layer, new, fresh
-
-
-class Clock:
-    """Where all layers of one device are in time: static tensors that only in-place operations touch.
-
-    ``time`` [3] int64 is (past, total, ring_lo): tokens of all finished forwards, tokens after the running one, oldest slot
-    that the rings may serve. A forward begins in the device's first quantised layer (``total = past + n``) and is committed
-    by the model's last (``past = total``). One that died in between leaves ``past < total``: the next begins again at
-    ``past``, and as the dead one may have overwritten ring slots, serves those from codes.
-    ``start`` [B] int32 is the first valid slot of each row, ``origin`` [B] int32 the position of slot 0.
-    """
-
-    def __init__(self, batch_size: int, recent_tokens: int, first_position: int, device: torch.device):
-        self.recent_tokens, self.first_position = recent_tokens, first_position
-        self.time = torch.zeros(3, dtype=torch.int64, device=device)
-        self.start = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self.origin = torch.full((batch_size,), first_position, dtype=torch.int32, device=device)
-        self.mark_static()
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.time, self.start, self.origin
-
-    def mark_static(self) -> None:
-        for x in self.tensors():
-            torch._dynamo.mark_static_address(x)
-
-    def begin(self, n: int) -> None:
-        past, total, ring_lo = self.time.unbind()
-        self.time.copy_(torch.stack((past, past + n, self._ring_begin(past, total, ring_lo, total > past))))
-
-    def commit(self) -> None:
-        _, total, ring_lo = self.time.unbind()
-        self.time.copy_(torch.stack((total, total, ring_lo)))
-
-    def crop(self, n: int) -> None:
-        past, total, ring_lo = self.time.unbind()
-        kept = past - n
-        self.time.copy_(torch.stack((kept, kept, self._ring_begin(kept, total, ring_lo, total > kept))))
-
-    def _ring_begin(self, kept: Tensor, written: Tensor, ring_lo: Tensor, dropped: Tensor) -> Tensor:
-        """``ring_lo`` when of ``written`` tokens only ``kept`` stay: the dropped ones overwrote every ring slot before
-        ``written - R``. What is fed from slot ``kept`` on is written anew, so it never lies beyond that."""
-        overwritten = torch.minimum(torch.maximum(ring_lo, written - self.recent_tokens), kept)
-        return torch.where(dropped, overwritten, ring_lo)
-
-    def set_start(self, start: Tensor) -> None:
-        """Fix ``start`` (and with it ``origin``) of the rows that hold no valid token yet. start [B] int32."""
-        past = self.time[0]
-        start = torch.where((past == 0) | (self.start >= past), start, self.start)
-        self.start.copy_(start)
-        self.origin.copy_(self.first_position - start)
-
-    def reset(self) -> None:
-        self.time.zero_()
-        self.start.zero_()
-        self.origin.fill_(self.first_position)
-
-
-class CacheState:
-    """What the layers of one cache share: configuration, clocks, and the Python flags that flip at most once a prompt."""
-
-    def __init__(
-        self, config: PreTrainedConfig, codebooks: Codebooks, recent_tokens: int, sink_tokens: int, first_position: int
-    ):
-        self.config, self.codebooks = config, codebooks
-        self.recent_tokens, self.sink_tokens, self.first_position = recent_tokens, sink_tokens, first_position
-        self.clocks: list[Clock] = []
-        self.empty = True  # no forward has finished since the last reset
-        self.fed = 0  # tokens of finished eager forwards: at most the clock's
-        self.feeding: int | None = None  # tokens of an eager forward that has begun and not finished
-        self.rolls_back = True  # whether a forward that dies leaves no trace: not with layers that keep their own count
-        self.million = False  # whether the tokens it holds came through the million attention function
-        self.fingerprint_seen = False
-
-    def clock(self, batch_size: int, device: torch.device) -> tuple[Clock, bool]:
-        """The device's clock, and whether the caller is the first to ask for it (then it begins every forward)."""
-        for clock in self.clocks:
-            if clock.time.device == device:
-                return clock, False
-        self.clocks.append(Clock(batch_size, self.recent_tokens, self.first_position, device))
-        return self.clocks[-1], True
-
-    def commit(self) -> None:
-        for clock in self.clocks:
-            clock.commit()
-        if not torch.compiler.is_compiling():
-            self.fed = (0 if self.empty else self.fed) + (self.feeding or 0)
-            self.feeding = None
-        if self.empty:
-            self.empty = False
-
-    def announce(self, n: int, max_cache_len: int) -> None:
-        """An eager forward of n tokens is about to begin: raise if it cannot, before any layer has written anything."""
-        if self.feeding is not None and not self.rolls_back:
-            raise RuntimeError(
-                "the forward before this one did not finish, and the model's sliding-window layers cannot take its tokens back: reset() "
-                "the cache"
-            )
-        # Reading the clock is free on the CPU. On a GPU it would wait for the device in every step: there the host counts what
-        # eager forwards feed. Compiled steps escape that count; the mask function sees the length of the 2-D mask, the op
-        # drops what does not fit, and `check` reports it.
-        on_cpu = self.clocks and self.clocks[0].time.device.type == "cpu"
-        past = 0 if self.empty else int(self.clocks[0].time[0]) if on_cpu else self.fed
-        if past + n > max_cache_len:
-            raise ValueError(
-                f"the cache holds {past} tokens and max_cache_len is {max_cache_len}: {n} more do not fit; nothing was written"
-            )
-        self.feeding = n
-
-    def check_model(self) -> None:
-        """Refuse codebooks of another model, as far as `enable` recorded which model this is."""
-        if self.fingerprint_seen:
-            return
-        seen = enabled_fingerprint(self.config)
-        if seen is None:
-            raise RuntimeError(
-                f"the attention implementation is {ATTENTION!r} but this model was not enabled: call million_cache.enable(model) "
-                "before the first forward, it checks that codebooks belong to the model"
-            )
-        refuse_other_model(self.codebooks, seen)
-        self.fingerprint_seen = True
-
-
-def refuse_other_model(codebooks: Codebooks, seen: Fingerprint) -> None:
-    """Raise ValueError naming every difference between the codebooks' model and the one at hand."""
-    differences = codebooks.fingerprint.matches(seen)
-    if differences:
-        raise ValueError("these codebooks were calibrated for another model: " + "; ".join(differences))
 
 
 class MillionLayer(StaticLayer):

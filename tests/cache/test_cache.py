@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
 from million_cache import PRESETS, Codebooks, MillionStaticCache, PQConfig, disable, enable
-from million_cache.cache import CROP_KEEPS, Clock, MillionLayer
+from million_cache.cache import CROP_KEEPS, MillionLayer
+from million_cache.state import Clock
 from tests.cache.lossless import RecordingCache, lossless_codebooks
 from tests.cache.tiny_models import tiny_gemma3, tiny_llama
 
