@@ -143,8 +143,8 @@ class MillionLayer(StaticLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Handles for the million attention function, or dequantised keys and values [B, H, max_cache_len, D] for any other.
 
-        Raises ValueError for another batch size, dtype or device than the cache's, or when the tokens do not fit (then
-        nothing is written), RuntimeError when the attention function changed while the cache holds tokens.
+        Raises ValueError for another batch size, dtype or device than the cache's, RuntimeError when the attention function
+        changed while the cache holds tokens. Whether the tokens fit, `MillionStaticCache.update` has asked before.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -265,8 +265,8 @@ class MillionLayer(StaticLayer):
 
 
 def _warn_dequantising(state: CacheState) -> None:
-    if not getattr(state, "warned", False):
-        state.warned = True
+    if not state.warned_dequantising:
+        state.warned_dequantising = True
         warnings.warn(
             f"attention implementation {state.config._attn_implementation!r} reads dequantised keys and values: slow, at full memory, and "
             "with left padding less exact; call million_cache.enable(model) to attend from the codes",
@@ -404,7 +404,8 @@ class MillionStaticCache(StaticCache):
         return 8 * self.cache_bytes / elements if elements else 0.0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """See `MillionLayer.update`. Capacity and batch are checked in the model's first layer, before any has written."""
+        """See `MillionLayer.update`. In the model's first layer, before any has written: ValueError for more tokens than fit or
+        another batch size, RuntimeError after a forward that died where sliding-window layers cannot take its tokens back."""
         if layer_idx == 0 and not torch.compiler.is_compiling():
             quantised = self.layers[min(self.state.codebooks.layers)]
             if quantised.is_initialized and key_states.shape[0] != quantised.batch_size:

@@ -107,6 +107,7 @@ class CacheState:
         self.rolls_back = True  # whether a forward that dies leaves no trace: not with layers that keep their own count
         self.million = False  # whether the tokens it holds came through the million attention function
         self.fingerprint_seen = False
+        self.warned_dequantising = False
 
     def clock(self, batch_size: int, device: torch.device) -> tuple[Clock, bool]:
         """The device's clock, and whether the caller is the first to ask for it (then it begins every forward)."""

@@ -52,7 +52,7 @@ def calibrate(
     progress: bool = True,
     device: torch.device | str | None = None,
 ) -> Codebooks:
-    """Train a model's codebooks on text (the recipe and what each part is worth: ``quality.md``).
+    """Train a model's codebooks on text: a transform of the keys (`transform.py`) and k-means (`kmeans.py`) a layer and KV head.
 
     Keys are un-rotated with the measured rotation and rotated again by a random offset inside a frame; each layer and KV head
     gets a transform that balances energy over the subspaces, weighted by what queries make of the channels, and k-means
