@@ -218,6 +218,60 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Write OUT.json, OUT.md and OUT.png; other rows of an equal run stay.")],
+    peer: Annotated[
+        list[str] | None, typer.Option(help="A peer (again for more), `none` for none. Default: every one.")
+    ] = None,
+    window: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`equal`: 4 first and 128 last tokens exact, as ours; `own`: as the peer's paper. Default: both."
+        ),
+    ] = None,
+    codebooks: Annotated[
+        list[Path] | None, typer.Option(help="Ours to score (again for more). Default: calibrate every preset.")
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text. Default: the text in the package.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to score. Default: the one in the package.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of calibration, in whole contexts.")] = 8192,
+    context: Annotated[int, typer.Option(min=16, help="Tokens of a context.")] = 2048,
+    chunks: Annotated[int, typer.Option(min=1, help="Contexts to score.")] = 4,
+    device: Device = "cpu",
+    dtype: ModelDtype = None,
+) -> None:
+    """Other systems' quantised caches (fake quantisers, from their papers) and ours, on one text, in one table."""
+    with mistakes():
+        from million_cache.peers import PEERS
+        from million_cache.peers.compare import WINDOWS
+        from million_cache.peers.compare import compare as run_comparison
+        from million_cache.programs import load_codebooks
+
+        if not out.parent.is_dir():
+            raise ValueError(f"cannot write {out}: there is no directory {out.parent}")
+        books = [
+            (f"million {path.name.removeprefix('codebooks-')}", load_codebooks(str(path))) for path in codebooks or ()
+        ]
+        loaded, tokenizer = _load(model, device, dtype)
+        run_comparison(
+            loaded,
+            tokenizer,
+            model,
+            _text(calibration, "calibration"),
+            _text(text, "evaluation"),
+            out,
+            peers=[] if peer == ["none"] else peer or list(PEERS),
+            windows=window or WINDOWS,
+            codebooks=books if codebooks else None,
+            tokens=tokens,
+            context=context,
+            chunks=chunks,
+        )
+        err.print(f"Wrote {out}.json, .md and .png.")
+
+
+@app.command()
 def inspect(
     codebooks: Annotated[Path, typer.Argument(help="Directory that `million calibrate` wrote.")],
     plot: Annotated[Path | None, typer.Option(help="Draw heat maps to this file (png, pdf, svg).")] = None,

@@ -72,7 +72,7 @@ class _Recorder:
 
 
 @contextmanager
-def _attention(model: PreTrainedModel, function: Callable) -> Iterator[None]:
+def attending(model: PreTrainedModel, function: Callable) -> Iterator[None]:
     """Run the model with an attention function, then with its own again."""
     config = model.config
     own = {"": config._attn_implementation}
@@ -108,7 +108,7 @@ def collect(
     recorder = _Recorder(set(layers))
     total = sum(len(s) - skip for s in sequences)
     kept = []
-    with evaluating(model), _attention(model, recorder.attention):
+    with evaluating(model), attending(model, recorder.attention):
         for ids in sequences:
             rows = torch.arange(skip, len(ids))
             if total > SAMPLE_TOKENS:
