@@ -1,0 +1,207 @@
+"""The benchmarks of whole models, on a tiny one: what they time is a decode step, and no case takes the others with it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_generate, generation, million_tokens
+from benchmarks.bench_generate import Case, impossible
+from benchmarks.generation import KINDS, attending, build_model, decode_step, fill, largest, model_config
+from million_cache import MillionStaticCache
+
+TOKENS, BATCH = 96, 2
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return build_model(model_config("tiny"), "cpu", torch.float32)
+
+
+@torch.no_grad()
+def logits_of_step(model, name: str, backend: str = "eager") -> torch.Tensor:
+    """Logits of a step over the same random keys and values for every kind, the same again when it is repeated."""
+    kind = KINDS[name]
+    with attending(model, kind, TOKENS):
+        cache = kind.make(model, TOKENS, BATCH)
+        torch.manual_seed(1)
+        fill(cache, model, TOKENS - 1, BATCH)
+        step = decode_step(model, kind, cache, BATCH, backend)
+        first, second = step(), step()
+        if not kind.grows:
+            torch.testing.assert_close(first, second, rtol=0, atol=0)
+            assert int(cache.get_seq_length()) == TOKENS - 1  # the newest token is taken back
+        if isinstance(cache, MillionStaticCache):
+            cache.check()
+        return first
+
+
+def test_static_steps_agree(tiny):
+    """The valid prefix without a mask gives what the masked buffer gives, and million's attention is not far."""
+    dense = logits_of_step(tiny, "static", "aot_eager")
+    torch.testing.assert_close(logits_of_step(tiny, "static-cudnn"), dense)
+    torch.testing.assert_close(logits_of_step(tiny, "static-flash"), dense)
+    assert (logits_of_step(tiny, "million-4bit") - dense).norm() < dense.norm()
+    assert logits_of_step(tiny, "dynamic").shape == dense.shape
+    assert tiny.config._attn_implementation == "sdpa"
+
+
+def test_fill_appends_what_attention_would(tiny):
+    """The codes of a prefill are those of its keys and values, appended as `fill` appends."""
+    ids = torch.randint(512, (BATCH, 40))
+    with attending(tiny, KINDS["million-4bit"], 40), torch.no_grad():
+        books = generation.random_codebooks(tiny, KINDS["million-4bit"].pq)
+        dense = KINDS["static"].make(tiny, 40, BATCH)
+        tiny(ids, past_key_values=dense)
+        prefilled, appended = (
+            MillionStaticCache(tiny.config, books, 40, BATCH, "cpu", torch.float32) for _ in range(2)
+        )
+        tiny(ids, past_key_values=prefilled)
+        for i, layer in enumerate(dense.layers):
+            generation.append(appended, layer.keys, layer.values, i)
+        for a, b in zip(prefilled.layers, appended.layers):
+            assert all(torch.equal(x, y) for x, y in zip(a.buffers(), b.buffers()))
+        assert int(appended.get_seq_length()) == 40
+
+
+def test_results_are_merged(tmp_path, capsys):
+    arguments = [
+        "--device",
+        "cpu",
+        "--model",
+        "tiny",
+        "--batch",
+        "1",
+        "--tokens",
+        "64",
+        "--save",
+        "--out",
+        str(tmp_path),
+    ]
+    arguments += ["--backend", "eager", "--steps", "2"]
+    assert bench_generate.main([*arguments, "--caches", "million-2bit,hqq-4bit", "--ttft"]) == 0
+    assert bench_generate.main([*arguments, "--caches", "static,million-2bit", "--layers", "1"]) == 0
+    stored = json.loads((tmp_path / "generate.json").read_text())
+    cases = {x["cache"]: x for x in stored["cases"] if x["model"] == "tiny"}
+    assert cases["hqq-4bit"]["decode"]["status"] == "not installed: hqq"
+    assert cases["million-2bit"]["decode"]["layers"] == 2  # not replaced by one layer's
+    assert cases["million-2bit"]["prefill"]["seconds"] > 0
+    assert cases["static"]["decode"]["layers"] == 1
+    assert cases["static"]["decode"]["ms"] > cases["static"]["decode"]["ms_measured"]
+    assert cases["static"]["decode"]["machine"] in stored["machines"]
+    text = (tmp_path / "generate.md").read_text()
+    assert "~ from 1 layers" in text and "| million-2bit |" in text
+    assert (tmp_path / "generate.png").stat().st_size > 0
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_failure_is_recorded_and_stops_nothing(tmp_path, monkeypatch):
+    arguments = [
+        "--device",
+        "cpu",
+        "--model",
+        "tiny",
+        "--batch",
+        "1",
+        "--tokens",
+        "32",
+        "--save",
+        "--out",
+        str(tmp_path),
+    ]
+    arguments += ["--backend", "eager", "--steps", "1"]
+    assert bench_generate.main([*arguments, "--caches", "dynamic"]) == 0
+    works = bench_generate.decode_step
+
+    def broken(model, kind, *rest):
+        if kind.name == "static-flash":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if kind.name != "million-4bit":
+            raise RuntimeError("no such kernel\nand more")
+        return works(model, kind, *rest)
+
+    monkeypatch.setattr(bench_generate, "decode_step", broken)
+    assert bench_generate.main([*arguments, "--caches", "static,static-flash,dynamic,million-4bit"]) == 1
+    stored = json.loads((tmp_path / "generate.json").read_text())["cases"]
+    status = {x["cache"]: x["decode"]["status"] for x in stored if x["model"] == "tiny"}
+    assert status == {
+        "static": "failed: RuntimeError: no such kernel", "static-flash": "does not fit: out of memory", "dynamic": "ok",
+        "million-4bit": "ok",
+    }  # fmt: skip
+
+
+def test_what_does_not_fit_is_not_tried(monkeypatch):
+    for module in (bench_generate, generation):
+        monkeypatch.setattr(module, "device_bytes", lambda device: int(80e9))
+    assert impossible(Case("llama2-7b", 8, 32768, "static")) == "does not fit: needs 151 GB"
+    assert (
+        impossible(Case("llama2-7b", 8, 32768, "static", layers=4)) == "does not fit: needs 151 GB"
+    )  # the whole model's
+    assert impossible(Case("llama2-7b", 8, 32768, "million-4bit")) is None
+    case = Case("llama3-8b", 1, 32768, "static-cudnn")
+    assert case.bytes()["cache"] == 2 * 32 * 8 * 128 * 32768 * 2
+    assert case.longest(int(80e9)) == (80e9 - case.bytes()["weights"]) // (2 * 32 * 8 * 128 * 2) // 1024 * 1024
+
+
+def test_largest():
+    assert largest(lambda n: n <= 999_999) == 976 * 1024
+    assert largest(lambda n: n <= 5000, step=10) == 5000
+    assert largest(lambda n: False) == 0
+
+
+def test_million_tokens(tmp_path):
+    arguments = ["--device", "cpu", "--save", "--out", str(tmp_path)]
+    assert million_tokens.main([*arguments, "--model", "tiny", "--tokens", "20000", "--backend", "eager"]) == 0
+    assert million_tokens.main([*arguments, "--model", "llama3-8b", "--longest", "--presets", "4bit,1bit"]) == 0
+    stored = json.loads((tmp_path / "million_tokens.json").read_text())
+    step = next(x for x in stored["decode"] if x["model"] == "tiny")
+    assert step["tokens"] == 20000 and step["ms"] > 0 and step["cache_gb"] < 0.3 * step["dense_cache_gb"]
+    longest = {(x["preset"], x["limit_gb"]): x["tokens"] for x in stored["longest"] if not x["measured"]}
+    assert longest["4bit", 80] > 1 << 20  # a million tokens in 80 GB
+    assert longest["1bit", 80] > 3 * longest["4bit", 80]
+
+
+def test_under_pytest():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--benchmark-only",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "cpu and million-2bit",
+    ]
+    done = subprocess.run([*command, "benchmarks/bench_generate.py"], cwd=ROOT, capture_output=True, text=True)
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_longest_context_by_allocation(monkeypatch):
+    """The path that a GPU takes, with the sum of bytes in the place of its cap."""
+    monkeypatch.setattr(million_tokens, "device_bytes", lambda device: 20_000_000)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction: None)
+    found, too_large = million_tokens.longest_context("tiny", "2bit", [0.01, 0.03], None, "cpu")
+    assert found["measured"] and found["status"] == "ok" and found["tokens"] % million_tokens.STEP == 0
+    assert 0.018 < found["cache_gb"] <= 0.02
+    assert too_large["status"] == "the GPU has 0 GB"
+
+
+def test_bytes_are_the_allocated_ones(tiny):
+    for name in ("million-4bit", "million-1bit", "static"):
+        kind = KINDS[name]
+        with attending(tiny, kind, TOKENS):
+            cache = kind.make(tiny, TOKENS, BATCH)
+            fill(cache, tiny, 1, BATCH)
+        predicted = kind.cache_bytes(tiny.config, TOKENS, BATCH, torch.float32, "cpu")
+        if isinstance(cache, MillionStaticCache):
+            assert cache.cache_bytes == predicted
+            assert 0 <= cache.codebook_bytes - kind.codebook_bytes(tiny.config) < 1000  # the frequencies
+        else:
+            assert sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) == predicted
