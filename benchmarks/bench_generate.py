@@ -285,7 +285,7 @@ def table(cases: list[dict], machines: dict[str, dict]) -> str:
         return f"{base / own:.2f}" if base and own and entry["cache"] != baseline else ""
 
     heads = [
-        "model", "batch", "tokens", "cache", "ms a step", "tokens/s", *(f"x {name}" for name in BASELINES), "first token, s", "x static",
+        "model", "batch", "tokens", "cache", "ms a step", "tokens/s", *(f"x {name}" for name in BASELINES), "first token, s", "first token x static",
         "cache, GB", "peak of decode, GB", "peak with prefill, GB", "longest context", "note",
     ]  # fmt: skip
     rows = []

@@ -185,7 +185,7 @@ class Kind:
         if self.pq is not None:
             return MillionStaticCache.required_bytes(config, self.pq, tokens, batch, dtype, device)
         elements = 2 * config.num_hidden_layers * batch * kv_heads(config) * tokens * head_dim(config)
-        return elements * (4 + 2 * 16 / 64) // 8 if self.backend else elements * dtype.itemsize
+        return elements * (64 * 4 + 2 * 16) // (64 * 8) if self.backend else elements * dtype.itemsize
 
     def codebook_bytes(self, config: LlamaConfig) -> int:
         """Bytes of codebooks and transforms of all layers; 0 where there are none."""
@@ -279,7 +279,12 @@ def rewinder(cache: Cache) -> Callable[[], None]:
     """A function that takes the newest token back without waiting for the device; for caches that grow it does nothing."""
     if isinstance(cache, MillionStaticCache):
         clocks = [(clock.time, clock.time.clone()) for clock in cache.state.clocks]
-        return lambda: [time.copy_(before) for time, before in clocks] and None
+
+        def rewind() -> None:
+            for now, before in clocks:
+                now.copy_(before)
+
+        return rewind
     if isinstance(cache, StaticCache):
         lengths = [layer.cumulative_length for layer in cache.layers]
         return lambda: torch._foreach_sub_(lengths, 1)  # one kernel for all layers
@@ -306,7 +311,6 @@ def decode_step(model: LlamaForCausalLM, kind: Kind, cache: Cache, batch: int, b
         raise RuntimeError("logits are not finite")
     if not kind.compiled:
         return step
-    torch._dynamo.utils.counters.clear()
     with torch.compiler.set_stance("fail_on_recompile"):
         step()
         return replayed(step) if model.device.type == "cuda" else step
