@@ -117,9 +117,8 @@ def random_codebooks(model: LlamaForCausalLM, pq: PQConfig) -> Codebooks:
 
 # -- the strongest 16-bit attention ------------------------------------------------------------------------------------------
 
-_prefix: dict[str, int | None] = {
-    "tokens": None
-}  # valid tokens of a StaticCache: known on the host, constant in the graph
+# Valid tokens of a StaticCache: known on the host, a constant in the graph.
+_prefix: dict[str, int | None] = {"tokens": None}
 
 
 def _prefix_attention(backend: SDPBackend) -> Callable:
@@ -209,7 +208,11 @@ class Kind:
         if self.backend is not None:
             axis = {"quanto": 0, "hqq": 1}[self.backend]  # transformers' documented choice
             return QuantizedCache(self.backend, config, nbits=4, axis_key=axis, axis_value=axis)
-        return DynamicCache(config=config) if self.grows else StaticCache(config=config, max_cache_len=tokens)
+        if self.grows:
+            return DynamicCache(config=config)
+        cache = StaticCache(config=config, max_cache_len=tokens)
+        cache.early_initialization(batch, kv_heads(config), head_dim(config), model.dtype, model.device)
+        return cache
 
 
 KINDS = {
