@@ -1,8 +1,16 @@
-"""Registers the reference for every device and loads the compiled kernels that this installation has."""
+"""Registers the reference for every device, loads the compiled kernels that this installation has, and Triton's without them.
+
+Where the compiled CUDA kernels are missing and triton can be imported, `triton_kernels` serves CUDA tensors; triton itself is
+imported by the first call. Environment:
+
+* ``MILLION_GPU=triton``: leave the compiled CUDA kernels out, so that Triton's run.
+* ``MILLION_CPU_ISA=reference``: leave the compiled CPU kernels out.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import re
 import shutil
@@ -40,6 +48,8 @@ def _load(name: str) -> tuple[bool, str]:
             False,
             f"missing: torch {torch.__version__} is a build without CUDA; install one with CUDA, then {reinstall}",
         )
+    if name == "cuda" and os.environ.get("MILLION_GPU") == "triton":
+        return False, "missing: switched off by MILLION_GPU=triton; unset it"
     if name == "cpu" and os.environ.get("MILLION_CPU_ISA") == "reference":
         return False, "missing: switched off by MILLION_CPU_ISA=reference; unset it"
     if not path.exists():
@@ -62,7 +72,30 @@ def _load(name: str) -> tuple[bool, str]:
     return True, f"compiled, {_NAMES[isa().decode()]}, stable ABI {'.'.join(map(str, STABLE_ABI))}"
 
 
+def _register_triton() -> str:
+    """Lets Triton's kernels serve CUDA tensors, if nothing compiled does and triton is there; what `backends` says about them."""
+    if importlib.util.find_spec("triton") is None:
+        return "missing: triton is not installed; pip install triton (torch with CUDA brings it along)"
+    if _LOADED["cuda"][0]:
+        return "available, not in use: the compiled CUDA kernels serve GPUs; MILLION_GPU=triton takes Triton's instead"
+
+    def lazily(name: str):
+        def call(*args):
+            from million_ops import triton_kernels  # importing triton takes a second, which a CPU need not pay
+
+            return triton_kernels.IMPLEMENTATIONS[name](*args)
+
+        return call
+
+    for name in ("pq_encode", "pq_attention", "pq_attention_lse"):
+        LIBRARY.impl(name, lazily(name), "CUDA")
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"available, not in use: torch {torch.__version__} is a build without CUDA or ROCm"
+    return "available: serves pq_encode and attention on GPUs, compiled by their first call"
+
+
 _LOADED = {name: _load(name) for name in ("cpu", "cuda")}
+_TRITON = _register_triton()
 
 
 def backends() -> dict[str, str]:
@@ -70,10 +103,10 @@ def backends() -> dict[str, str]:
     return {
         "reference": "available on every device",
         **{name: status for name, (_, status) in _LOADED.items()},
-        "triton": "missing: this version has no Triton kernels; the CUDA kernels or the reference run",
+        "triton": _TRITON,
     }
 
 
 def has_kernels(device_type: str) -> bool:
-    """Whether compiled kernels serve tensors on ``device_type`` (else the reference does)."""
+    """Whether compiled kernels serve tensors on ``device_type`` (else Triton's or the reference)."""
     return device_type in _LOADED and _LOADED[device_type][0]
