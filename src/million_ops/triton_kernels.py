@@ -13,8 +13,9 @@ leaves a numerator, a maximum and a denominator a row. A second kernel merges th
 (grid, workspace) follows from shapes alone; the clock is read in the kernels.
 
 Channels go through the kernels in two halves, even and odd ones: a centroid is then d / 2 words of 32 bits, whatever d.
-Everything that reaches a tensor core is fp16, where centroids are exact. A query is divided by its largest channel and
-split into the sum of two fp16 numbers, which keeps the precision of fp32; so are the probabilities if the model is fp32.
+Everything that reaches a tensor core is fp16, where centroids are exact. A query is scaled by a power of two and split into
+the sum of two fp16 numbers, which keeps fp32's precision; exact tokens are scaled likewise, and they and the probabilities
+are split too if the model is fp32.
 
 Only plain Triton: the kernels also run in its interpreter (``TRITON_INTERPRET=1`` before triton is imported, CPU tensors).
 """
