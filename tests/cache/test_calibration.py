@@ -10,6 +10,7 @@ import torch
 from million_cache.calibration import MIN_TOKENS, calibrate
 from million_cache.calibration.collect import collect
 from million_cache.calibration.kmeans import assign, kmeans, seed, update
+from million_cache.calibration.sensitivity import measure_sensitivity, row_weights
 from million_cache.calibration.train import framed_keys
 from million_cache.calibration.transform import average_over_rotation, deal, key_transform
 from million_cache.config import PQConfig
@@ -163,7 +164,7 @@ def test_unrotated_keys_do_not_depend_on_the_position(make):
     """Of equal tokens all keys are one key, and at offset t of a frame that key rotated by t."""
     model = make()
     rotation = measure_rotations(model)[0]
-    samples, positions = collect(model, [torch.full((40,), 7)], 0, torch.Generator(), lambda: None)
+    samples, (positions,) = collect(model, [torch.full((40,), 7)], 0, torch.Generator(), lambda: None)
     still = framed_keys(samples[0].keys, positions, torch.zeros(40, dtype=torch.long), rotation)
     torch.testing.assert_close(still, samples[0].keys[:, :1].expand_as(still), rtol=1e-3, atol=1e-4)
     shifted = framed_keys(samples[0].keys, positions, torch.full((40,), 5), rotation)
@@ -173,8 +174,8 @@ def test_unrotated_keys_do_not_depend_on_the_position(make):
 def test_collected_rows_and_moments():
     model = tiny_llama()
     ids = tokens(50)
-    samples, positions = collect(model, [ids[:30], ids[30:]], 4, torch.Generator(), lambda: None)
-    assert positions.tolist() == [*range(4, 30), *range(4, 20)]
+    samples, rows = collect(model, [ids[:30], ids[30:]], 4, torch.Generator(), lambda: None)
+    assert [x.tolist() for x in rows] == [[*range(4, 30)], [*range(4, 20)]]
     assert samples[1].keys.shape == samples[1].values.shape == (2, 42, 32)
     with torch.no_grad():
         cache = model(ids[None, :30]).past_key_values
@@ -191,7 +192,8 @@ def test_collected_rows_and_moments():
 def test_collecting_is_bounded(monkeypatch):
     monkeypatch.setattr(sys.modules[collect.__module__], "SAMPLE_TOKENS", 60)
     sequences = [tokens(100, seed=i) for i in range(3)]
-    samples, positions = collect(tiny_llama(), sequences, 4, torch.Generator().manual_seed(0), lambda: None)
+    samples, rows = collect(tiny_llama(), sequences, 4, torch.Generator().manual_seed(0), lambda: None)
+    positions = torch.cat(rows)
     assert samples[0].keys.shape[1] == len(positions) == 60
     assert positions.min() >= 4 and positions.max() > 50
 
@@ -205,6 +207,98 @@ def test_the_models_attention_is_restored():
     with pytest.raises(ValueError, match="layer 1, KV head 1: the keys hold NaN or inf"):
         collect(model, [tokens(20)], 0, torch.Generator(), lambda: None)
     assert model.config._attn_implementation == "eager"
+
+
+# -- sensitivity ----------------------------------------------------------------------------------------------------------
+
+
+def test_sensitivity_predicts_the_kl_of_noise_on_the_keys():
+    """Noise of variance s^2 along u on every quantised key of a head moves the predictions by s^2 / 2 u^T W u in all."""
+    from million_cache.calibration.collect import attending
+    from million_cache.calibration.windowed import windowed_attention
+
+    model = tiny_llama()
+    model.lm_head.weight.data *= 8  # predictions that something moves
+    ids, recent, sinks, layer, head = tokens(120), 8, 2, 0, 1
+    generator = torch.Generator().manual_seed(0)
+    every = [torch.arange(120)] * 40
+    moment = measure_sensitivity(model, [ids] * 40, every, range(40), recent, sinks, generator)[layer].key_moment
+    assert moment.shape == (2, 32, 32) and moment.dtype == torch.float64
+    u = torch.linalg.eigh(moment[head]).eigenvectors[:, -1]
+    size = 0.05
+    want = size**2 / 2 * (u @ moment[head] @ u).item() / 40
+    noise = torch.zeros(2, 120, 32)
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        copy = key[0].clone()
+        if module.layer_idx == layer:
+            copy[:, sinks:] += noise[:, sinks:]
+        first = (torch.arange(120) + 1 - recent).clamp(min=0)
+        out = windowed_attention(query[0], key[0], value[0], copy, value[0], first, first, scaling)
+        return out.transpose(0, 1)[None], None
+
+    got = []
+    with torch.no_grad(), attending(model, attention):
+        dense = model(ids[None]).logits[0].log_softmax(-1)
+        for _ in range(40):
+            noise[head] = size * torch.randn(120, 1, generator=generator) * u.float()
+            other = model(ids[None]).logits[0].log_softmax(-1)
+            got.append((dense.exp() * (dense - other)).sum().item())
+    assert want > 1e-5
+    assert abs(sum(got) / len(got) / want - 1) < 0.4
+
+
+def test_sensitivity_ends_where_the_window_does():
+    """Nothing looks at a copy that lies in its window; the model is left as it was."""
+    model = tiny_llama()
+    model.model.layers[0].self_attn.k_proj.weight.requires_grad_(False)
+    parts, rows = [tokens(40), tokens(50)], [torch.arange(2, 40), torch.arange(2, 50)]
+    got = measure_sensitivity(model, parts, rows, [0], 40, 2, torch.Generator())
+    assert not got[0].key_moment.any() and not got[1].key_moment.any()
+    got = measure_sensitivity(model, parts, rows, [1], 4, 2, torch.Generator())[1]
+    assert got.key_gradients.shape == (2, 38 + 48, 32) and got.value_energy.shape == (2, 38 + 48)
+    assert got.key_gradients[:, :38].isnan().all() and got.value_energy[:, :38].isnan().all()  # not chosen
+    # The last 3 keys are in the window of every query that sees them.
+    assert got.key_gradients[:, 38:-4].ne(0).all() and not got.key_gradients[:, -4:].any()
+    g = got.key_gradients[:, 38:].double()
+    torch.testing.assert_close(got.key_moment, g.transpose(1, 2) @ g, rtol=1e-4, atol=1e-12)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert [n for n, on in flags.items() if not on] == ["model.layers.0.self_attn.k_proj.weight"]
+    assert model.config._attn_implementation == "sdpa"
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_row_weights_have_mean_one_and_unknown_rows_weigh_one():
+    energy = torch.tensor([[1.0, 3.0, torch.nan, 0.0], [0.0, 0.0, torch.nan, 0.0]])
+    got = row_weights(energy, 1.0)
+    assert got[0, 2] == 1 and torch.equal(got[1], torch.ones(4))
+    torch.testing.assert_close(got[0, [0, 1, 3]].mean(), torch.tensor(1.0))
+    assert got[0, 1] > got[0, 0] > got[0, 3] > 0
+
+
+def test_weighted_kmeans_serves_what_weighs_more():
+    g = torch.Generator().manual_seed(0)
+    points = torch.randn(3, 4000, 2, generator=g)
+    weights = torch.where(points[..., 0] > 0, 20.0, 1.0)
+    plain, weighted = (kmeans(points, 8, torch.Generator().manual_seed(0), w) for w in (None, weights))
+
+    def cost(centroids):
+        return (assign(points, centroids)[1] * weights).sum()
+
+    assert cost(weighted) < 0.97 * cost(plain)
+    codes, distance = torch.tensor([[7, 7, 9]]), torch.ones(1, 3)
+    means = update(points[:1, :3], codes, distance, torch.tensor([[1.0, 3.0, 2.0]]))
+    torch.testing.assert_close(means[0, 7], (points[0, 0] + 3 * points[0, 1]) / 4)
+    torch.testing.assert_close(means[0, 9], points[0, 2])
+
+
+def test_without_sensitivity_the_queries_are_the_weight():
+    model = tiny_llama()
+    plain, weighted = quick(model, sensitivity_tokens=0), quick(model)
+    assert plain.provenance["sensitivity_tokens"] == 0 and weighted.provenance["sensitivity_tokens"] == 1200
+    assert not torch.equal(plain.layers[0].k_transform, weighted.layers[0].k_transform)
+    wide = PQConfig(k_subspace_dim=4, v_subspace_dim=8, frame_tokens=64, recent_tokens=300)
+    assert quick(model, config=wide).provenance["sensitivity_tokens"] == 0  # contexts of 256 are all window
 
 
 # -- the whole ------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from million_cache.calibration.windowed import windowed_attention
 from million_cache.evaluate import evaluate
 from million_cache.models import Rotation
 from million_cache.peers import EQUAL, PEERS, Peer, Quantised, Tokens, Window
@@ -15,7 +16,7 @@ from million_cache.peers.base import Sample, lloyd_1d, nearest, turn
 from million_cache.peers.compare import markdown
 from million_cache.peers.duo import far_attention
 from million_cache.peers.floats import E2M1, e2m1, nvfp4
-from million_cache.peers.harness import evaluate_peers, record, windowed_attention
+from million_cache.peers.harness import evaluate_peers, record
 from million_cache.peers.kivi import per_channel, per_token
 from million_cache.peers.kvquant import value_range
 from million_cache.peers.ours import Ours
@@ -360,7 +361,8 @@ def test_each_query_sees_its_window(window, drop):
     q, k, v, kq, vq = (torch.randn(n, T, 8) for n in (4, 2, 2, 2, 2))
     kq[:, : window.sinks], vq[:, : window.sinks] = k[:, : window.sinks], v[:, : window.sinks]
     dropped = torch.tensor([False, True]) if drop else None
-    got = windowed_attention(q, k, v, kq, vq, window, 0.5, dropped)
+    first = (window.first_exact(T, x) for x in (window.k_block, window.v_block))
+    got = windowed_attention(q, k, v, kq, vq, *first, 0.5, dropped, window.sinks)
     for i in (0, 1, 31, 32, 255, 256, 299):
         first_k = i - i % window.k_block if window.k_block else max(0, i + 1 - window.recent)
         first_v = i - i % window.v_block if window.v_block else max(0, i + 1 - window.recent)

@@ -24,17 +24,42 @@ SAMPLE_TOKENS = 32768
 
 
 @dataclass
+class LayerSensitivity:
+    """How much the predictions depend on one layer's quantised keys and values (`sensitivity.py`). CPU, fp32 or as said.
+
+    Attributes:
+        key_moment: [H, D, D] fp64, the sum over tokens of ``g g^T``, g the gradient of a key as the model rotated it.
+        key_gradients: [H, N, D] of the sampled rows; NaN in rows that were not looked at.
+        value_energy: [H, N], the squared norms of the gradients of values; NaN likewise.
+    """
+
+    key_moment: Tensor
+    key_gradients: Tensor
+    value_energy: Tensor
+
+
+@dataclass
 class LayerSample:
     """Rows of one layer. H KV heads, N rows, D channels.
 
     Attributes:
         keys, values: [H, N, D], the model's dtype, CPU; keys rotated as the model gave them.
         query_moment: [H, D, D] fp64, the sum over queries of ``q q^T``, over the group of query heads of each KV head.
+        sensitivity: of the rows, in their order; None if it was not measured.
     """
 
     keys: Tensor
     values: Tensor
     query_moment: Tensor
+    sensitivity: LayerSensitivity | None = None
+
+    @property
+    def key_moment(self) -> Tensor:
+        """Weight of the keys' distortion, [H, D, D] fp64, any scale: of the gradients; of the queries for heads without any."""
+        if self.sensitivity is None:
+            return self.query_moment
+        known = self.sensitivity.key_moment.diagonal(dim1=1, dim2=2).sum(-1) > 0
+        return torch.where(known[:, None, None], self.sensitivity.key_moment, self.query_moment)
 
 
 @dataclass
@@ -88,7 +113,7 @@ def attending(model: PreTrainedModel, function: Callable) -> Iterator[None]:
 
 def collect(
     model: PreTrainedModel, sequences: list[Tensor], skip: int, generator: torch.Generator, advance: Callable[[], None]
-) -> tuple[dict[int, LayerSample], Tensor]:
+) -> tuple[dict[int, LayerSample], list[Tensor]]:
     """Run sequences of token ids through the model and sample its attention's inputs.
 
     Args:
@@ -98,7 +123,7 @@ def collect(
         advance: called after each sequence.
 
     Returns:
-        Sample of each full-attention layer, and the rows' positions [N] int64, the same for every layer.
+        Sample of each full-attention layer, and each sequence's rows: their positions [n] int64, the same for every layer.
 
     Raises:
         ValueError: NaN or inf in queries, keys or values.
@@ -129,4 +154,4 @@ def collect(
         i: LayerSample(torch.cat(recorder.keys.pop(i), 1), torch.cat(recorder.values.pop(i), 1), recorder.moments[i])
         for i in layers
     }
-    return samples, torch.cat(kept)
+    return samples, kept

@@ -45,15 +45,21 @@ def assign(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return (best & (CENTROIDS - 1)).long(), (best & -CENTROIDS).view(torch.float32).clamp_(min=0)
 
 
-def update(points: Tensor, codes: Tensor, distance: Tensor) -> Tensor:
-    """Mean of each centroid's points, [G, 256, d]; a centroid without points moves to one of the worst-served points."""
+def update(points: Tensor, codes: Tensor, distance: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of each centroid's points, [G, 256, d]; a centroid without points moves to one of the worst-served points.
+
+    ``weights`` [G, N], positive, weigh the mean and what "worst" is.
+    """
     G, N, d = points.shape
     flat = (codes + torch.arange(G, device=codes.device)[:, None] * CENTROIDS).reshape(-1)
     count = torch.bincount(flat, minlength=G * CENTROIDS).view(G, CENTROIDS)
-    total = torch.stack(
-        [torch.bincount(flat, points[..., j].reshape(-1).double(), G * CENTROIDS) for j in range(d)], -1
-    )
-    means = (total.view(G, CENTROIDS, d) / count.clamp(min=1)[..., None]).to(points.dtype)
+    mass, weighted = count.clamp(min=1), points.double()
+    if weights is not None:
+        weighted = weighted * weights[..., None]
+        distance = distance * weights
+        mass = torch.bincount(flat, weights.reshape(-1).double(), G * CENTROIDS).view(G, CENTROIDS).clamp(min=1e-300)
+    total = torch.stack([torch.bincount(flat, weighted[..., j].reshape(-1), G * CENTROIDS) for j in range(d)], -1)
+    means = (total.view(G, CENTROIDS, d) / mass[..., None]).to(points.dtype)
     empty = count == 0
     most = int(empty.sum(1).max())
     if most:
@@ -109,22 +115,24 @@ def seed(points: Tensor) -> Tensor:
         owned[(everyone + lower_gets)[cut]] = upper_gets
 
 
-def kmeans(points: Tensor, iterations: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def kmeans(points: Tensor, iterations: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
     """256 centroids of each group of points (Lloyd's algorithm).
 
     Args:
         points: [G, N, d] fp32, N >= 256.
         iterations: of Lloyd's algorithm; all but the last `POLISH` on a subsample.
         generator: on the CPU, chooses the subsample.
+        weights: [G, N], positive, of the points' squared distances; None: all the same.
 
     Returns:
         Centroids [G, 256, d] fp32.
     """
     N = points.shape[1]
     size = max(N // SUBSAMPLE, min(N, MIN_SUBSAMPLE))
-    sample = points[:, torch.randperm(N, generator=generator)[:size].to(points.device)]
+    some = torch.randperm(N, generator=generator)[:size].to(points.device)
+    sample, sample_weights = points[:, some], None if weights is None else weights[:, some]
     centroids = seed(sample)
     for i in range(iterations):
-        part = points if i >= iterations - POLISH else sample
-        centroids = update(part, *assign(part, centroids))
+        part, weight = (points, weights) if i >= iterations - POLISH else (sample, sample_weights)
+        centroids = update(part, *assign(part, centroids), weight)
     return centroids

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from million_cache.calibration.collect import LayerSample
 from million_cache.calibration.kmeans import assign, kmeans
+from million_cache.calibration.sensitivity import KEY_POWER, VALUE_POWER, row_weights
 from million_cache.calibration.transform import average_over_rotation, key_transform
 from million_cache.codebook import LayerCodebooks, LayerReport
 from million_cache.config import PQConfig
@@ -29,12 +30,17 @@ def framed_keys(keys: Tensor, positions: Tensor, offsets: Tensor, rotation: Rota
 
 
 def _codebook(
-    x: Tensor, d: int, iterations: int, generator: torch.Generator, where: str
+    x: Tensor, weights: Tensor | None, d: int, iterations: int, generator: torch.Generator, where: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Train on x [H, N, D] fp32: codebook [H, 256, S, d] fp16, energy and distortion of each subspace [H, S] fp32."""
+    """Train on x [H, N, D] fp32: codebook [H, 256, S, d] fp16, energy and distortion of each subspace [H, S] fp32.
+
+    ``weights`` [H, N] are those of the rows in k-means; energy and distortion are plain means.
+    """
     H, _, D = x.shape
     points = x.unflatten(2, (D // d, d)).transpose(1, 2).flatten(0, 1).contiguous()  # [H * S, N, d]
-    centroids = kmeans(points, iterations, generator).half()
+    if weights is not None:
+        weights = weights.repeat_interleave(D // d, 0)
+    centroids = kmeans(points, iterations, generator, weights).half()
     overflow = centroids.view(H, -1).isinf().any(1)
     if overflow.any():
         head = int(overflow.nonzero()[0])
@@ -73,16 +79,25 @@ def train_layer(
     if frame_tokens:
         offsets = torch.randint(frame_tokens, positions.shape, generator=generator).to(device)
         keys = framed_keys(keys, positions.to(device), offsets, rotation)
-    weight = sample.query_moment.to(device)
+    weight = sample.key_moment.to(device)
     if rotated:
         weight = average_over_rotation(weight, 2 * rotation.inv_freq.numel(), rotation.kind == "interleaved")
     centred = keys - keys.mean(1, keepdim=True)
     covariance = centred.transpose(1, 2) @ centred / keys.shape[1]
     transform, inverse = key_transform(covariance, weight, config.k_subspace_dim)
     keys = keys @ transform.transpose(1, 2)
-    k_codebook, k_energy, k_distortion = _codebook(keys, config.k_subspace_dim, iterations, generator, f"{name}, keys")
+    k_weights = v_weights = None
+    if sample.sensitivity is not None:
+        # T^T T = W up to scale: this is the gradient's squared norm in the space where codes are made, whatever the frame.
+        g = sample.sensitivity.key_gradients.to(device)
+        metric = torch.linalg.inv(transform.transpose(1, 2) @ transform)
+        k_weights = row_weights(((g @ metric) * g).sum(-1).clamp(min=0), KEY_POWER)
+        v_weights = row_weights(sample.sensitivity.value_energy.to(device), VALUE_POWER)
+    k_codebook, k_energy, k_distortion = _codebook(
+        keys, k_weights, config.k_subspace_dim, iterations, generator, f"{name}, keys"
+    )
     v_codebook, v_energy, v_distortion = _codebook(
-        values, config.v_subspace_dim, iterations, generator, f"{name}, values"
+        values, v_weights, config.v_subspace_dim, iterations, generator, f"{name}, values"
     )
     codebooks = LayerCodebooks(
         k_codebook, v_codebook, transform, inverse,

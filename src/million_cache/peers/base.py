@@ -223,7 +223,7 @@ def lloyd_1d(x: Tensor, weight: Tensor, levels: int, iterations: int = 100) -> T
     flat = (weight.mean() * 0.3 + weight).cumsum(0)
     at = (torch.arange(levels, dtype=torch.float64, device=x.device) + 0.5) / levels * flat[-1]
     centroids = 0.5 * x[torch.searchsorted(flat, at).clamp(max=len(x) - 1)]
-    centroids = centroids + 0.5 * torch.linspace(float(x[0]), float(x[-1]), levels, dtype=torch.float64)
+    centroids = centroids + 0.5 * torch.linspace(float(x[0]), float(x[-1]), levels, dtype=x.dtype, device=x.device)
     for _ in range(iterations):
         cuts = torch.searchsorted(x, (centroids[1:] + centroids[:-1]) / 2)
         edge = torch.cat((cuts.new_zeros(1), cuts, cuts.new_full((1,), len(x))))

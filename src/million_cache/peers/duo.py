@@ -26,7 +26,7 @@ def far_attention(queries: Tensor, keys: Tensor, scale: float, window: Window) -
     total = queries.new_zeros(H, grouped.shape[1])
     for a in range(0, T, QUERY_BLOCK):
         b = min(a + QUERY_BLOCK, T)
-        rows, columns = torch.arange(a, b)[:, None], torch.arange(b)
+        rows, columns = torch.arange(a, b, device=keys.device)[:, None], torch.arange(b, device=keys.device)
         scores = grouped[:, :, a:b] @ keys[:, None, :b].transpose(2, 3) * scale
         share = scores.masked_fill(columns > rows, -torch.inf).softmax(-1)
         far = (columns >= window.sinks) & (columns <= rows - window.recent)

@@ -7,7 +7,6 @@ no token that comes after it leaves the window; `tests/tools/test_peers.py` hold
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,12 +19,10 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from million_cache.calibration.collect import attending
+from million_cache.calibration.windowed import windowed_attention
 from million_cache.evaluate import CHUNK, Scores
 from million_cache.models import Rotation, check_supported, evaluating, full_attention_layers, measure_rotations
 from million_cache.peers.base import Peer, Sample, Tally, Tokens, Window, turn
-
-QUERY_BLOCK = 256  # queries whose scores are held at once
-
 
 # ------------------------------------------------------------------------------------------------------------- calibration
 
@@ -80,7 +77,7 @@ def record(model: PreTrainedModel, contexts: Tensor, fisher: bool, advance: Call
         hook.remove()
         for p, want in wanted.items():
             p.requires_grad_(want)
-    positions = torch.arange(contexts.shape[1]).repeat(len(contexts))
+    positions = torch.arange(contexts.shape[1], device=model.device).repeat(len(contexts))
 
     def sample(i: int) -> Sample:
         x = seen.pop(i)
@@ -88,52 +85,6 @@ def record(model: PreTrainedModel, contexts: Tensor, fisher: bool, advance: Call
         return Sample(torch.cat(x["k"], 1), torch.cat(x["v"], 1), positions, rotations[i], *grads, x["q"], x["scale"])
 
     return {i: sample(i) for i in layers}
-
-
-# -------------------------------------------------------------------------------------------------------------- attention
-
-
-def windowed_attention(
-    q: Tensor, k: Tensor, v: Tensor, kq: Tensor, vq: Tensor, window: Window, scale: float, dropped: Tensor | None = None
-) -> Tensor:
-    """Causal attention in which each query sees its window's keys and values as they are, the others quantised.
-
-    Args:
-        q: [Hq, T, D]; k, v: exact [H, T, D]; kq, vq: dequantised [H, T, D], sinks exact.
-        dropped: [H] bool, heads that see nothing but window and sinks.
-
-    Returns:
-        [Hq, T, D].
-    """
-    H, T, D = k.shape
-    grouped = q.reshape(H, -1, T, D)
-    group = grouped.shape[1]
-    first_k, first_v = window.first_exact(T, window.k_block), window.first_exact(T, window.v_block)
-    out = []
-    for a in range(0, T, QUERY_BLOCK):
-        b = min(a + QUERY_BLOCK, T)
-        n = b - a
-        rows, columns = torch.arange(a, b)[:, None], torch.arange(b)
-        block = grouped[:, :, a:b].reshape(H, group * n, D) * scale
-        scores = (block @ kq[:, :b].transpose(1, 2)).view(H, group, n, b)
-        # Left of ``lo`` nothing is exact but sinks, which kq and vq hold.
-        lo = min(int(first_k[a]), b)
-        exact = (block @ k[:, lo:b].transpose(1, 2)).view(H, group, n, b - lo)
-        mixed = torch.where(columns[lo:] >= first_k[a:b, None], exact, scores[..., lo:])
-        mixed = mixed.masked_fill(columns[lo:] > rows, -math.inf)
-        scores = torch.cat((scores[..., :lo], mixed), -1)
-        if dropped is not None:
-            far = (columns >= window.sinks) & (columns < first_k[a:b, None])
-            scores = scores.masked_fill(dropped[:, None, None, None] & far, -math.inf)
-        weights = scores.softmax(-1)
-        lo = min(int(first_v[a]), b)
-        inside = columns[lo:] >= first_v[a:b, None]
-        near = weights[..., lo:]
-        coded = torch.cat((weights[..., :lo], near.masked_fill(inside, 0)), -1)
-        x = coded.view(H, group * n, b) @ vq[:, :b]
-        x = x + near.masked_fill(~inside, 0).reshape(H, group * n, b - lo) @ v[:, lo:b]
-        out.append(x.view(H, group, n, D))
-    return torch.cat(out, 2).flatten(0, 1)
 
 
 @dataclass
@@ -152,7 +103,7 @@ class _Attention:
         q, k, v = query[0].float(), key[0].float(), value[0].float()
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         sinks = self.window.sinks
-        slots = torch.arange(sinks, k.shape[1])
+        slots = torch.arange(sinks, k.shape[1], device=k.device)
         kq, vq, dropped = k, v, None
         if len(slots):
             rotation = self.rotations[layer]
@@ -164,7 +115,10 @@ class _Attention:
             back = turn(of_keys.x, slots, rotation) if self.peer.before_rope else of_keys.x
             kq, vq = torch.cat((k[:, :sinks], back), 1), torch.cat((v[:, :sinks], of_values.x), 1)
             dropped = of_keys.dropped
-        out = windowed_attention(q, k, v, kq, vq, self.window, scale, dropped)
+        first_k, first_v = (
+            self.window.first_exact(k.shape[1], x).to(k.device) for x in (self.window.k_block, self.window.v_block)
+        )
+        out = windowed_attention(q, k, v, kq, vq, first_k, first_v, scale, dropped, sinks)
         return out.transpose(0, 1)[None].to(query.dtype), None
 
 

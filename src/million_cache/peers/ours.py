@@ -22,9 +22,9 @@ class Ours(Peer):
         self.window = Window(sinks=config.sink_tokens, recent=max(1, config.recent_tokens))
 
     def quantise(self, layer: int, tokens: Tokens) -> tuple[Quantised, Quantised]:
-        books = self.books.layers[layer]
+        books = self.books.to(tokens.keys.device)[layer]
         frame = (books.inv_freq, books.frame_tokens, books.rope_interleaved)
-        origin = torch.zeros(1, dtype=torch.int32)
+        origin = torch.zeros(1, dtype=torch.int32, device=tokens.keys.device)
 
         def through(x: Tensor, codebook: Tensor) -> Tensor:
             return pq_decode(pq_encode(x.contiguous(), codebook), codebook, torch.float32)

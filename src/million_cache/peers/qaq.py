@@ -5,7 +5,7 @@ An error in a key or value moves the attention's output; QAQ bounds that movemen
 
     largest error of a value:  sqrt(e_v) / (T a_j)              a_j: the most that a query in the window gives token j
     largest error of a key:    sqrt(e_k / D) / (T q J_j)        J_j: the most of max_i |d a_i / d s_j|, q: a query's size
-    bits:                      ceil(log2(range / (2 error) + 1)), between 0 and 8
+    bits:                      ceil(log2(range / (2 error) + 1)), between 2 (at a mean of 2: 1) and 8, as its grid search
 
 A token's keys (values) of all heads of a layer share bits, range and outliers: 1 % of them, half at each end, in fp16.
 The future is guessed from the attention window (section 4.4): a token is quantised when it leaves the exact window, with
@@ -41,7 +41,7 @@ def attention_window(queries: Tensor, keys: Tensor, scale: float, recent: int) -
     top, move = queries.new_zeros(T), queries.new_zeros(T)
     for a in range(0, T, QUERY_BLOCK):
         b, lo = min(a + QUERY_BLOCK, T), max(0, a - recent + 1)
-        rows, columns = torch.arange(a, b)[:, None], torch.arange(b)
+        rows, columns = torch.arange(a, b, device=keys.device)[:, None], torch.arange(b, device=keys.device)
         scores = grouped[:, :, a:b] @ keys[:, None, :b].transpose(2, 3) * scale
         share = scores.masked_fill(columns > rows, -torch.inf).softmax(-1)
         two = share.topk(min(2, b), -1).values
@@ -63,17 +63,17 @@ def outliers_and_range(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mask, torch.where(mask, inf, x).amin(1, keepdim=True), torch.where(mask, -inf, x).amax(1, keepdim=True)
 
 
-def bits_for(sensitivity: Tensor, span: Tensor, target: float) -> Tensor:
+def bits_for(sensitivity: Tensor, span: Tensor, target: float, least: int = 0) -> Tensor:
     """``clamp(ceil(log2(span sensitivity / (2 target) + 1)))``: the error allowed is ``target / sensitivity``. All [N]."""
-    return (span * sensitivity / (2 * target) + 1).log2().ceil().clamp(0, MOST_BITS)
+    return (span * sensitivity / (2 * target) + 1).log2().ceil().clamp(least, MOST_BITS)
 
 
-def find_target(sensitivity: Tensor, span: Tensor, bits: float) -> float:
+def find_target(sensitivity: Tensor, span: Tensor, bits: float, least: int = 0) -> float:
     """The target at which the mean of `bits_for` is ``bits``, by bisection of its logarithm."""
     low, high = -30.0, 30.0
     for _ in range(60):
         middle = (low + high) / 2
-        more = bits_for(sensitivity, span, 2.0**middle).mean().item() > bits
+        more = bits_for(sensitivity, span, 2.0**middle, least).mean().item() > bits
         low, high = (middle, high) if more else (low, middle)
     return 2.0**high
 
@@ -87,6 +87,7 @@ class QAQ(Peer):
 
     def __init__(self, bits: int) -> None:
         self.name, self.bits = f"qaq-{bits}", bits
+        self.least = min(2, bits - 1)
         self.targets = (1.0, 1.0)
 
     def calibrate(self, samples: dict[int, Sample]) -> None:
@@ -101,19 +102,17 @@ class QAQ(Peer):
                 _, low, high = outliers_and_range(x.transpose(0, 1).flatten(1))
                 spans[n].append((high - low)[:, 0])
                 sensitivities[n].append(seen)
-        k, v = (find_target(torch.cat(s), torch.cat(r), self.bits) for s, r in zip(sensitivities, spans))
+        k, v = (find_target(torch.cat(s), torch.cat(r), self.bits, self.least) for s, r in zip(sensitivities, spans))
         self.targets = k, v
 
     def _one(self, x: Tensor, sensitivity: Tensor, target: float) -> Quantised:
         H, N, D = x.shape
         flat = x.transpose(0, 1).flatten(1)
         mask, low, high = outliers_and_range(flat)
-        bits = bits_for(sensitivity, (high - low)[:, 0], target)[:, None]
+        bits = bits_for(sensitivity, (high - low)[:, 0], target, self.least)[:, None]
         levels = torch.exp2(bits) - 1
         step = ((high - low) / levels.clamp(min=1)).half().float()
-        # No bits: the mean, as the released code centres there.
-        mean = torch.where(mask, 0, flat).sum(1, keepdim=True) / (~mask).sum(1, keepdim=True)
-        low = torch.where(bits > 0, low, mean).half().float()
+        low = low.half().float()
         codes = torch.minimum(((flat - low) / step.clamp(min=1e-30)).round().clamp(min=0), levels)
         out = torch.where(mask, flat, codes * step + low)
         return Quantised(

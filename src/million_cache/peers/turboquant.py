@@ -45,11 +45,12 @@ class TurboQuant(Peer):
     def calibrate(self, samples: dict[int, Sample]) -> None:
         generator = torch.Generator().manual_seed(0)
         for i, sample in samples.items():
-            D = sample.values.shape[-1]
+            D, device = sample.values.shape[-1], sample.values.device
             if not self.levels:
-                self.levels = {b: sphere_levels(D, b) for b in {self.bits, self.bits - self.qjl}}
+                self.levels = {b: sphere_levels(D, b).to(device) for b in {self.bits, self.bits - self.qjl}}
             gauss = torch.randn(D, D, generator=generator)
-            self.state[i] = (random_rotation(D, generator), random_rotation(D, generator), gauss)
+            rotations = random_rotation(D, generator), random_rotation(D, generator), gauss
+            self.state[i] = tuple(x.to(device) for x in rotations)
 
     def _scalar(self, x: Tensor, rotation: Tensor, bits: int) -> Tensor:
         norm = x.norm(dim=-1, keepdim=True).half().float()

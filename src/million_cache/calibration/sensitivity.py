@@ -1,0 +1,140 @@
+"""Which errors of quantised keys and values the model's predictions feel: gradients and their second moments.
+
+Moving a key k_j by e_j changes the predictions by ``KL = 1/2 E[(sum_j g_j . e_j)^2]`` to second order, with g_j the gradient
+with respect to k_j of the negative log-likelihood of tokens *drawn from the model's own predictions* (the Fisher information
+is the Hessian of the KL). So the weight of the keys' distortion is ``W = E[g g^T]``, and tokens whose gradient is large
+count for more in k-means (as in CQ, arXiv 2405.03917); values likewise.
+
+The queries' moments, which would be the weight if every query counted the same, are dominated by queries that look at
+the first token or nearby; both are exact in the cache. The gradient here is that of the copies which the cache quantises:
+each query sees its recent tokens and the sinks as they are, and only what lies further back through the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from million_cache.calibration.collect import LayerSensitivity, attending
+from million_cache.calibration.windowed import windowed_attention
+from million_cache.models import evaluating, full_attention_layers
+
+DRAW = 256  # positions whose probabilities are held at once
+DAMPING = 0.1
+KEY_POWER, VALUE_POWER = 0.5, 1.0  # of 0, 0.3, 0.5 and 1: what left the least KL at 2 bit
+
+
+def measure_sensitivity(
+    model: PreTrainedModel,
+    sequences: list[Tensor],
+    rows: list[Tensor],
+    chosen: list[int],
+    recent_tokens: int,
+    sink_tokens: int,
+    generator: torch.Generator,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[int, LayerSensitivity]:
+    """Gradients of quantised keys and values.
+
+    One forward and one backward pass a chosen sequence; the attention's scores are computed again on the way back instead
+    of kept, all other activations of a sequence are in memory at once.
+
+    Args:
+        sequences: token ids [T] each, at positions 0 ...
+        rows: positions of each sequence whose gradients are wanted, [n] int64.
+        chosen: which sequences to run.
+        recent_tokens, sink_tokens: exact tokens of the cache.
+        generator: on the CPU, draws the tokens.
+        advance: called after each sequence.
+
+    Returns:
+        For each full-attention layer, with N the rows of all sequences. All is zero where no query looks further back than
+        the window.
+    """
+    layers = full_attention_layers(model.config)
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
+    moments: dict[int, Tensor] = {}
+    keys: dict[int, list[Tensor]] = {i: [] for i in layers}
+    values: dict[int, list[Tensor]] = {i: [] for i in layers}
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        if module.layer_idx not in keys:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        # What is added to the copies that the cache would quantise: nothing, but it has a gradient.
+        shifts = torch.zeros_like(key[0], requires_grad=True), torch.zeros_like(value[0], requires_grad=True)
+        copies[module.layer_idx] = shifts
+        first = (torch.arange(key.shape[2], device=key.device) + 1 - max(1, recent_tokens)).clamp(min=0)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, *shifts: Tensor) -> Tensor:
+            q, k, v = q.float(), k.float(), v.float()
+            kq, vq = (torch.cat((x[:, :sink_tokens], (x + s)[:, sink_tokens:]), 1) for x, s in zip((k, v), shifts))
+            return windowed_attention(q, k, v, kq, vq, first, first, scale).to(query.dtype)
+
+        out = checkpoint(attend, query[0], key[0], value[0], *shifts, use_reentrant=False, preserve_rng_state=False)
+        return out.transpose(0, 1)[None], None
+
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        with evaluating(model), attending(model, attention), torch.enable_grad():
+            for number, (ids, keep) in enumerate(zip(sequences, rows)):
+                if number not in chosen:
+                    for i in layers:
+                        keys[i].append(torch.full((len(keep),), torch.nan))
+                        values[i].append(torch.full((len(keep),), torch.nan))
+                    continue
+                ids = ids[None].to(model.device)
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
+                drawn = [
+                    torch.multinomial(part.softmax(-1).cpu(), 1, generator=generator)[:, 0]
+                    for part in logits.detach().split(DRAW)
+                ]
+                F.cross_entropy(logits, torch.cat(drawn).to(logits.device), reduction="sum").backward()
+                del logits
+                for i, shifts in copies.items():
+                    g, h = (torch.zeros_like(s) if s.grad is None else s.grad for s in shifts)
+                    g, h = g.float(), h.float()
+                    moments[i] = moments.get(i, 0) + (g.transpose(1, 2) @ g).double().cpu()
+                    keys[i].append(g.cpu()[:, keep])
+                    values[i].append(h.square().sum(-1).cpu()[:, keep])
+                copies.clear()
+                advance()
+    finally:
+        for p, before in wanted:
+            p.requires_grad_(before)
+
+    def whole(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Parts [H, n, ...] one after the other; a part [n] of NaN stands for one of that shape."""
+        return torch.cat(
+            [
+                p if p.ndim > 1 else p.view(1, -1, *[1] * (len(shape) - 1)).expand(shape[0], -1, *shape[1:])
+                for p in parts
+            ],
+            1,
+        )
+
+    return {
+        i: LayerSensitivity(m, whole(keys[i], (m.shape[0], m.shape[1])), whole(values[i], (m.shape[0],)))
+        for i, m in moments.items()
+    }
+
+
+def row_weights(energy: Tensor, power: float) -> Tensor:
+    """Weights of rows in k-means, [H, N] with mean 1 a head, from their energies [H, N] (NaN: unknown, weight 1).
+
+    One drawn token makes a noisy estimate of a row's energy, so it is damped: ``(energy / mean + DAMPING) ^ power``.
+    """
+    known = ~energy.isnan()
+    energy = energy.nan_to_num(0.0)
+    count = known.sum(1, keepdim=True).clamp(min=1)
+    mean = energy.sum(1, keepdim=True) / count
+    weight = (energy / mean.clamp(min=1e-30) + DAMPING).pow(power)
+    weight = weight / (torch.where(known, weight, 0).sum(1, keepdim=True) / count).clamp(min=1e-30)
+    return torch.where(known & (mean > 0), weight, 1.0)
