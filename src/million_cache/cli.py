@@ -107,6 +107,9 @@ def calibrate(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to use, in whole contexts.")] = 8192,
     context: Annotated[int, typer.Option(min=16, help="Tokens of one forward.")] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Of the k-means start and the random positions.")] = 0,
+    sensitivity_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens that also run backwards, for better codebooks; 0: none, faster.")
+    ] = 8192,
     recent: Annotated[
         int | None, typer.Option(min=0, help="Last tokens that stay exact, stored as the default.")
     ] = None,
@@ -127,7 +130,7 @@ def calibrate(
         source, body = _text(text, "calibration")
         loaded, tokenizer = _load(model, device, dtype)
         config = with_window(PQConfig.preset(preset.value), recent, sinks)
-        codebooks = calibrate_text(loaded, tokenizer, body, source, config, tokens, context, seed)
+        codebooks = calibrate_text(loaded, tokenizer, body, source, config, tokens, context, seed, sensitivity_tokens)
         codebooks.save_pretrained(out)
         err.print(
             f"Wrote {out} ({codebooks.nbytes / 1e6:.1f} MB of codebooks, {codebooks.config.bits_per_element:g} bit)."

@@ -44,6 +44,7 @@ def calibrate_text(
     tokens: int,
     context: int = 2048,
     seed: int = 0,
+    sensitivity_tokens: int = 8192,
 ) -> Codebooks:
     """Codebooks from the start of ``text``, with the text's name and SHA-256 in their provenance.
 
@@ -51,6 +52,7 @@ def calibrate_text(
         source: what to call the text.
         tokens: how many to use, in whole contexts: the rest of the division is left out.
         context: tokens of one forward.
+        sensitivity_tokens: how many also run backwards, see `calibrate`.
 
     Raises:
         UserError: the text holds fewer tokens.
@@ -58,7 +60,7 @@ def calibrate_text(
     """
     context = min(context, tokens)
     ids = contexts(tokenizer, text, context, tokens // context, source)
-    books = calibrate(model, ids, config, seed=seed, context=context)
+    books = calibrate(model, ids, config, seed=seed, context=context, sensitivity_tokens=sensitivity_tokens)
     books.provenance |= {"text": source, "text_sha256": _sha256(text)}
     return books
 

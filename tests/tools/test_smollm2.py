@@ -23,8 +23,9 @@ def directory(tmp_path_factory):
 
 def test_calibrate_evaluate_inspect(million, directory, tmp_path):
     result = million(
-        "calibrate", "--model", "smollm2", "--preset", "4bit", "--tokens", 2048, "--context", 1024, "--out", directory
-    )
+        "calibrate", "--model", "smollm2", "--preset", "4bit", "--tokens", 2048, "--context", 1024, "--out", directory,
+        "--sensitivity-tokens", 1024,
+    )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     result = million(
         "evaluate",
@@ -67,7 +68,7 @@ def test_the_demo_prints_both_texts_and_every_figure(directory, monkeypatch, tmp
     monkeypatch.setattr(demo, "EVALUATION_CONTEXTS", 1)
     calls = []
 
-    def short(*args):
+    def short(*args, **options):
         calls.append(args)
         return Codebooks.from_pretrained(directory)
 
