@@ -104,10 +104,12 @@ inline Coded coded_of(const char* name, const Tensor& codebook, int64_t H, int64
   return {nullptr, contiguous_data<uint16_t>(codebook, copies), S, d, kPlain, 0};
 }
 
-// [B, heads, n, D] as it lies in memory, or a copy where its channels are not contiguous.
+// [B, heads, n, D] as it lies in memory, or a copy where its channels are not contiguous or pairs of them not aligned.
 inline Strided strided_of(const Tensor& x, int64_t element, Copies& copies) {
   const auto strides = x.strides();
-  if (strides[3] == 1)
+  const bool pairs = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % (2 * element) == 0 && strides[0] % 2 == 0 &&
+                     strides[1] % 2 == 0 && strides[2] % 2 == 0;
+  if (strides[3] == 1 && pairs)
     return {static_cast<const char*>(x.const_data_ptr()), strides[0] * element, strides[1] * element,
             strides[2] * element};
   const auto sizes = x.sizes();
@@ -128,9 +130,11 @@ struct LayerTensors {
 
   void attach_codes(const char* name, const Tensor& codes, int64_t layout, int64_t B, int64_t H, Coded& to) {
     REQUIRE(layout >= 0 && layout < kLayouts, "unknown layout_id ", layout,
-            "; this version knows 0 (plain), 1 (rows64)");
-    check_shape(name, codes, {B, H, kAny, tile_tokens(layout) * to.S},
-                layout == kRows64 ? "packed as rows64" : "packed as plain");
+            "; this version knows 0 (plain), 1 (rows64), 2 (mma_k), 3 (mma_v)");
+    constexpr const char* kPacked[] = {"packed as plain", "packed as rows64", "packed as mma_k", "packed as mma_v"};
+    REQUIRE(to.S % subspace_step(layout) == 0, name, " cannot be ", kPacked[layout], ": ", to.S,
+            " subspaces are not a multiple of ", subspace_step(layout));
+    check_shape(name, codes, {B, H, kAny, tile_tokens(layout) * to.S}, kPacked[layout]);
     check_dtype(name, codes, ScalarType::Byte, k);
     check_contiguous(name, codes);
     to.codes = static_cast<uint8_t*>(codes.data_ptr());

@@ -20,30 +20,19 @@
 #include <cuda_pipeline.h>
 
 #include <algorithm>
-#include <type_traits>
 
-#include "../common/pq_layout.h"
-#include "../common/shapes.h"
-#include "device.cuh"
+#include "attention.cuh"
 
 namespace million {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr int kGroup = 32;    // tokens that a warp scores at a time, half a tile
-constexpr float kLazy = 8.f;  // how far (log2) a score may exceed the reference maximum before it is raised
+constexpr int kGroup = 32;  // tokens that a warp scores at a time, half a tile
 
 // A table row holds Row channels, 64, 128 or 256: head_dim and padding.
 template <int Row>
 constexpr int table_bytes() {
   return kCentroids * Row * 2;
 }
-
-// The slots that the rows of a block read from codes, and which of them every row reads.
-struct Range {
-  int64_t begin, end;          // any row
-  int64_t all_begin, all_end;  // every row, if there is no mask
-};
 
 // ---- prepared queries ----
 
@@ -66,7 +55,7 @@ __global__ void prepare_kernel(const Attention a) {
 #pragma unroll 32
     for (int j = 0; j < D; j++) sum = fmaf(rotated[j], inverse[j * D], sum);
   }
-  a.prepared[((int64_t(blockIdx.y) * a.frames + f) * a.rows + row) * D + c] = sum * a.scale * kLog2e;
+  static_cast<float*>(a.prepared)[((int64_t(blockIdx.y) * a.frames + f) * a.rows + row) * D + c] = sum * a.scale * kLog2e;
 }
 
 // ---- attention ----
@@ -88,91 +77,24 @@ __device__ __forceinline__ void reduce_tokens(const Partial& partial, float (&ou
   }
 }
 
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-  return x;
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
-
-// What a warp has summed up of its rows. `o` holds the lane's channels, `sum` the lane's tokens.
-template <int Rows, int Pairs>
-struct Running {
-  float top[Rows], sum[Rows];
-  float2 o[Rows][Pairs];
-
-  __device__ Running() {
-#pragma unroll
-    for (int r = 0; r < Rows; r++) {
-      top[r] = -INFINITY, sum[r] = 0.f;
-#pragma unroll
-      for (int j = 0; j < Pairs; j++) o[r][j] = {0.f, 0.f};
-    }
-  }
-
-  // Scores (log2) to probabilities relative to `top`, which is raised when a score leaves it far behind.
-  __device__ __forceinline__ void probabilities(float (&s)[Rows]) {
-    bool raise = false;
-#pragma unroll
-    for (int r = 0; r < Rows; r++) raise |= !(s[r] <= top[r] + kLazy);  // NaN too: it must reach the result
-    if (__any_sync(~0u, raise)) {
-#pragma unroll
-      for (int r = 0; r < Rows; r++) {
-        const float higher = fmaxf(top[r], warp_max(s[r]));
-        const float factor = higher == -INFINITY ? 1.f : exp2f(top[r] - higher);
-        top[r] = higher, sum[r] *= factor;
-#pragma unroll
-        for (int j = 0; j < Pairs; j++) o[r][j].x *= factor, o[r][j].y *= factor;
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < Rows; r++) {
-      s[r] = s[r] == -INFINITY ? 0.f : exp2f(s[r] - top[r]);
-      sum[r] += s[r];
-    }
-  }
-};
-
 template <int Row, int Rows, bool VShared>
-struct Block {
+struct Block : RowBlock {
   static constexpr int kPairs = Row / 64;  // pairs of channels of a lane
   using State = Running<Rows, kPairs>;
 
-  const Attention& a;
-  const Layer& layer;
-  const int D, b, h;
-  const int row0, rows;  // rows row0 .. row0 + rows - 1 of the launch are this block's
-  const int lane, warp, warps;
-  const int64_t first;
+  const int D, lane, warp, warps;
   char* shared;  // [K table][V table, if VShared][probabilities: a warp's [kGroup][Rows]]
+
+  __device__ Block(const Attention& a, char* shared)
+      : RowBlock(a, blockIdx.y, blockIdx.z * Rows, Rows),
+        D(int(a.layer.D)),
+        lane(threadIdx.x % kWarp),
+        warp(threadIdx.x / kWarp),
+        warps(blockDim.x / kWarp),
+        shared(shared) {}
 
   __device__ int pair(int j) const {  // place of the lane's j-th pair of channels, on 32 different banks over the warp
     return lane * kPairs + (kPairs == 1 ? j : kPairs == 2 ? j ^ (lane >> 4) : j ^ (lane >> 3));
-  }
-  __device__ int query(int r) const { return a.query0 + min(row0 + r, a.rows - 1) / a.G; }
-  __device__ int64_t position(int r) const { return first + query(r); }  // slot of a row's own token
-  __device__ int64_t ring_begin() const { return max(layer.clock[2], first - layer.R); }
-
-  __device__ bool masked(int r, int64_t slot) const {
-    if (a.mask == nullptr) return false;
-    return slot >= a.mask_slots || !a.mask[(int64_t(b) * layer.n + query(r)) * a.mask_slots + slot];
-  }
-  __device__ bool from_ring(int r, int64_t slot) const { return slot > position(r) - layer.R && slot >= ring_begin(); }
-
-  __device__ Range range() const {
-    const int64_t stored = min(first, min(layer.k.slots, layer.v.slots));
-    const int64_t begin = max(int64_t(layer.start[b]) + layer.N, int64_t(0));
-    const auto end_for = [&](int r) { return min(stored, max(position(r) - layer.R + 1, ring_begin())); };
-    return {begin, end_for(rows - 1), begin, end_for(0)};
-  }
-
-  __device__ const __half* codebook(const Coded& book) const {
-    return reinterpret_cast<const __half*>(book.codebook) + int64_t(h) * kCentroids * D;
   }
 
   __device__ void load_table(const Coded& book, char* table) const {
@@ -217,7 +139,7 @@ struct Block {
 #pragma unroll
       for (int j = 0; j < kPairs; j++)
         q[r][j] = r < rows && 2 * pair(j) < D
-                      ? *reinterpret_cast<const float2*>(a.prepared + (head * a.rows + row0 + r) * D + 2 * pair(j))
+                      ? reinterpret_cast<const float2*>(a.prepared)[((head * a.rows + row0 + r) * D) / 2 + pair(j)]
                       : float2{0.f, 0.f};
   }
 
@@ -273,7 +195,7 @@ struct Block {
           scores(k_words, q, s);
         }
       }
-      if (a.mask != nullptr || slot0 < range.all_begin || slot0 + kGroup > range.all_end) {
+      if (a.mask != nullptr || slot0 < range.begin || slot0 + kGroup > range.all_end) {
 #pragma unroll
         for (int r = 0; r < Rows; r++) {
           const bool seen = slot >= range.begin && slot < range.end && !from_ring(r, slot) && !masked(r, slot);
@@ -305,64 +227,8 @@ struct Block {
     }
   }
 
-  // Attention over this split's share of sinks, ring and new tokens, a warp a token.
   __device__ void exact(State& state) const {
-    const int64_t head = int64_t(b) * layer.H + h;
-    const int start = layer.start[b];
-    float2 q[Rows][kPairs];
-#pragma unroll
-    for (int r = 0; r < Rows; r++)
-#pragma unroll
-      for (int j = 0; j < kPairs; j++) {
-        q[r][j] = {0.f, 0.f};
-        if (r < rows && 2 * pair(j) < D) {
-          const char* source = a.q.at(b, h * a.G + (row0 + r) % a.G, query(r));
-          const float factor = a.scale * kLog2e;
-          q[r][j] = {load(source, 2 * pair(j), layer.dtype) * factor,
-                     load(source, 2 * pair(j) + 1, layer.dtype) * factor};
-        }
-      }
-    const int64_t oldest = max(ring_begin(), int64_t(0)),
-                  ring_tokens = max(min(first - oldest, int64_t(layer.R)), int64_t(0));
-    const int64_t tokens = layer.N + ring_tokens + layer.n;
-    for (int64_t i = int64_t(blockIdx.x) * warps + warp; i < tokens; i += int64_t(a.splits) * warps) {
-      const bool is_sink = i < layer.N, is_new = i >= layer.N + ring_tokens;
-      const int64_t slot = is_sink ? start + i : is_new ? first + i - layer.N - ring_tokens : oldest + i - layer.N;
-      if (slot < start || slot < 0) continue;
-      if (is_sink ? slot >= first : !is_new && slot < start + layer.N) continue;  // not stored yet; already a sink
-      const int64_t row = is_sink ? head * layer.N + i : head * layer.R + (is_new ? 0 : slot % layer.R);
-      const int64_t bytes = row * D * size_of(layer.dtype), token = slot - first;
-      const char* k = is_new ? layer.k_new.at(b, h, token) : (is_sink ? layer.k_sinks : layer.k_ring) + bytes;
-      const char* v = is_new ? layer.v_new.at(b, h, token) : (is_sink ? layer.v_sinks : layer.v_ring) + bytes;
-      float s[Rows] = {};
-#pragma unroll
-      for (int j = 0; j < kPairs; j++) {
-        if (2 * pair(j) >= D) continue;
-        const float2 key = {load(k, 2 * pair(j), layer.dtype), load(k, 2 * pair(j) + 1, layer.dtype)};
-#pragma unroll
-        for (int r = 0; r < Rows; r++) s[r] = fmaf(q[r][j].x, key.x, fmaf(q[r][j].y, key.y, s[r]));
-      }
-#pragma unroll
-      for (int r = 0; r < Rows; r++) {
-        const bool seen = slot <= position(r) && (is_sink || is_new || from_ring(r, slot)) && !masked(r, slot);
-        s[r] = seen ? warp_sum(s[r]) : -INFINITY;
-      }
-      state.probabilities(s);
-#pragma unroll
-      for (int r = 0; r < Rows; r++)
-        if (lane != 0) state.sum[r] -= s[r];  // all lanes hold the same token: count it once
-#pragma unroll
-      for (int j = 0; j < kPairs; j++) {
-        if (2 * pair(j) >= D) continue;
-        const float2 value = {load(v, 2 * pair(j), layer.dtype), load(v, 2 * pair(j) + 1, layer.dtype)};
-#pragma unroll
-        for (int r = 0; r < Rows; r++)
-          if (s[r] != 0.f) {  // a slot that nobody sees may hold NaN
-            state.o[r][j].x = fmaf(s[r], value.x, state.o[r][j].x);
-            state.o[r][j].y = fmaf(s[r], value.y, state.o[r][j].y);
-          }
-      }
-    }
+    exact_tokens(*this, state, [&](int j) { return pair(j); }, int(blockIdx.x) * warps + warp, a.splits * warps);
   }
 
   // Merges the warps and writes the block's partial result.
@@ -398,19 +264,7 @@ struct Block {
 template <int Row, int Rows, bool VShared, int Threads>
 __global__ void __launch_bounds__(Threads, 1) attend_kernel(const Attention a) {
   extern __shared__ __align__(16) char shared[];
-  const int row0 = blockIdx.z * Rows;
-  const Block<Row, Rows, VShared> block{a,
-                                        a.layer,
-                                        int(a.layer.D),
-                                        int(blockIdx.y / a.layer.H),
-                                        int(blockIdx.y % a.layer.H),
-                                        row0,
-                                        min(Rows, a.rows - row0),
-                                        int(threadIdx.x % kWarp),
-                                        int(threadIdx.x / kWarp),
-                                        Threads / kWarp,
-                                        first_slot(a.layer),
-                                        shared};
+  const Block<Row, Rows, VShared> block(a, shared);
   typename Block<Row, Rows, VShared>::State state;
   block.coded(state);
   block.exact(state);
@@ -419,9 +273,9 @@ __global__ void __launch_bounds__(Threads, 1) attend_kernel(const Attention a) {
 
 // One block a query head and query; threads: channels.
 __global__ void merge_kernel(const Attention a) {
-  const Layer& layer = a.layer;
-  const int D = layer.D, rows = a.rows, parts = a.splits;
+  const int D = int(a.layer.D), rows = a.rows, parts = a.splits;
   const int64_t row = blockIdx.x;
+  const RowBlock block(a, int(row / rows), int(row % rows), 1);
   const float* partials = a.partials + row * parts * (D + 2);
   float top = -INFINITY, sum = 0.f;
   for (int i = 0; i < parts; i++) top = fmaxf(top, partials[i * (D + 2) + D]);
@@ -433,13 +287,7 @@ __global__ void merge_kernel(const Attention a) {
     sum += factor * part[D + 1];
     out += factor * part[threadIdx.x];
   }
-  const int b = row / rows / layer.H, h = row / rows % layer.H, query = a.query0 + row % rows / a.G;
-  const int head = h * a.G + row % rows % a.G, heads = layer.H * a.G;
-  // A query that sees nothing (left padding) gets zeros and an LSE of -inf, never NaN.
-  store(a.out, ((int64_t(b) * layer.n + query) * heads + head) * D + threadIdx.x, sum == 0.f ? 0.f : out / sum,
-        layer.dtype);
-  if (a.lse && threadIdx.x == 0)
-    a.lse[(int64_t(b) * heads + head) * layer.n + query] = sum == 0.f ? -INFINITY : (top + log2f(sum)) / kLog2e;
+  block.store_result(0, threadIdx.x, out, sum, top);
 }
 
 template <int Row, int Rows, bool VShared>
@@ -475,7 +323,7 @@ cudaError_t attend(const Attention& a, int shared_limit, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t attention_launch(const Attention& a, cudaStream_t stream) {
+cudaError_t attention_rows_launch(const Attention& a, cudaStream_t stream) {
   const Layer& layer = a.layer;
   prepare_kernel<<<dim3(a.frames, layer.B * layer.H, a.rows), layer.D, 2 * layer.D * sizeof(float), stream>>>(a);
   int device = 0, limit = 0;

@@ -48,10 +48,26 @@ void check_grid(int64_t B, int64_t H) {
   REQUIRE(B * H <= 65535, "the CUDA kernels take at most 65535 rows x KV heads, got ", B, " x ", H);
 }
 
-void check_layout(const Layer& layer) {
-  REQUIRE(layer.k.layout == kRows64 && layer.v.layout == kRows64,
-          "the CUDA kernels read codes of layout 1 (rows64), got k_layout ", layer.k.layout, " and v_layout ",
-          layer.v.layout);
+// Whether a layer's codes are the tensor core kernel's. What it cannot run is refused.
+bool check_layouts(const Layer& layer) {
+  for (const Coded* book : {&layer.k, &layer.v})
+    REQUIRE(book->slots <= int64_t(1) << 30, "the CUDA kernels take at most 2^30 slots, got ", book->slots);
+  if (layer.k.layout == kRows64 && layer.v.layout == kRows64) return false;
+  REQUIRE(layer.k.layout == kMmaK && layer.v.layout == kMmaV,
+          "the CUDA kernels read codes of layouts 1 and 1 (rows64) or 2 and 3 (mma_k, mma_v), got k_layout ",
+          layer.k.layout, " and v_layout ", layer.v.layout);
+  REQUIRE(layer.dtype != DType::f32, "layouts mma_k and mma_v are for 16-bit models; torch.float32 needs rows64");
+  const int tables = attention_mma_tables(layer.D, layer.k.d, layer.v.d);
+  REQUIRE(tables > 0, "no tensor core kernel for head_dim ", layer.D, " with ", layer.k.d, " and ", layer.v.d,
+          " channels a subspace; use layout rows64 (million_ops.layouts_for chooses)");
+  const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  REQUIRE(tables + kScratch <= shared && attribute(cudaDevAttrReservedSharedMemoryPerBlock) == 1024,
+          "the tensor core kernel needs ", (tables + kScratch) >> 10, " KiB of shared memory a block, this GPU has ",
+          shared >> 10, "; use layout rows64 (million_ops.layouts_for chooses)");
+  for (const Coded* book : {&layer.k, &layer.v})
+    REQUIRE(reinterpret_cast<uintptr_t>(book->codebook) % 16 == 0 && reinterpret_cast<uintptr_t>(book->codes) % 16 == 0,
+            "codebooks and codes must be aligned to 16 bytes");
+  return true;
 }
 
 // Makes the tensors' device current while an op runs.
@@ -103,20 +119,24 @@ void pq_append_(MILLION_APPEND_PARAMETERS) {
   const OnDevice guard(k);
   check_head_dim(layer.D);
   check_grid(layer.B, layer.H);
-  check_layout(layer);
   if (layer.B * layer.H == 0) return;
   check_launch("pq_append_", append_launch(layer, stream_of(k)));
 }
 
-// Splits fill the machine once with blocks, but leave a block at least kSplitTiles tiles when the cache is full: the
-// capacity decides, because the length is known on the device alone.
-int splits_for(const Attention& a) {
-  constexpr int64_t kSplitTiles = 8;
-  const Layer& layer = a.layer;
-  const int64_t blocks = layer.B * layer.H * ((a.rows + 7) / 8);
-  const int64_t tiles = std::min(layer.k.slots, layer.v.slots) / tile_tokens(kRows64);
-  return int(std::max<int64_t>(
-      1, std::min(attribute(cudaDevAttrMultiProcessorCount) / blocks, (tiles + kSplitTiles - 1) / kSplitTiles)));
+// Blocks that share the tokens of a row: as many as make the whole launch shortest when the cache is full, because the
+// length is known on the device alone. A block costs about kPrologue tokens before its first, its part of the merging
+// kMerge; as many blocks run at once as there are multiprocessors.
+int splits_for(const Attention& a, int64_t row_blocks) {
+  constexpr int64_t kPrologue = 1000, kMerge = 16;
+  const int64_t at_once = attribute(cudaDevAttrMultiProcessorCount), blocks = a.layer.B * a.layer.H * row_blocks;
+  const int64_t tokens = std::min(a.layer.k.slots, a.layer.v.slots);
+  int64_t best = 1, best_cost = 0;
+  for (int64_t splits = 1; splits <= std::max<int64_t>(1, std::min(at_once, tokens / 64)); splits++) {
+    const int64_t waves = (blocks * splits + at_once - 1) / at_once;
+    const int64_t cost = waves * (kPrologue + (tokens + splits - 1) / splits) + kMerge * splits;
+    if (splits == 1 || cost < best_cost) best = splits, best_cost = cost;
+  }
+  return int(best);
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, const std::optional<Tensor>& mask,
@@ -126,7 +146,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   const OnDevice guard(q);
   check_head_dim(layer.D);
   check_grid(layer.B, layer.H);
-  check_layout(layer);
+  const bool tensor_cores = check_layouts(layer);
   const Strided queries = strided_of(q, size_of(layer.dtype), tensors.copies);
   const uint8_t* mask_bits = mask_data(mask, layer, q, tensors.copies);
   Tensor out = torch::stable::new_empty(q, {layer.B, layer.n, heads, layer.D});
@@ -147,17 +167,21 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   // Many new tokens go in blocks, so that the workspaces do not grow with their number.
   const int64_t query_floats = layer.B * heads * a.frames * layer.D;
   const int64_t block = std::min({layer.n, kMaxQueries, std::max<int64_t>(1, kWorkspaceFloats / query_floats)});
+  const int64_t tiles = (block * G + 3) / 4;  // of 4 query rows
   a.rows = int(block * G);
-  a.splits = splits_for(a);
-  Tensor prepared = torch::stable::new_empty(q, {query_floats * block}, ScalarType::Float);
-  Tensor partials =
-      torch::stable::new_empty(q, {layer.B * heads * block * a.splits * (layer.D + 2)}, ScalarType::Float);
-  a.prepared = static_cast<float*>(prepared.mutable_data_ptr());
+  a.splits = splits_for(a, (a.rows + 7) / 8);
+  const auto floats = [&](int64_t count) { return torch::stable::new_empty(q, {count}, ScalarType::Float); };
+  Tensor prepared = floats(tensor_cores ? layer.B * layer.H * tiles * (a.frames * 2 * layer.D + 4) : query_floats * block);
+  Tensor partials = floats(layer.B * heads * block * a.splits * (layer.D + 2));
+  a.prepared = prepared.mutable_data_ptr();
   a.partials = static_cast<float*>(partials.mutable_data_ptr());
+  a.magnitudes = static_cast<float*>(a.prepared) + layer.B * layer.H * a.frames * tiles * 2 * layer.D;
+  a.overlap = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   for (int64_t first = 0; first < layer.n; first += block) {
     a.query0 = int(first);
     a.rows = int(std::min(block, layer.n - first) * G);
-    check_launch("pq_attention", attention_launch(a, stream_of(q)));
+    const auto launch = tensor_cores ? attention_mma_launch : attention_rows_launch;
+    check_launch("pq_attention", launch(a, stream_of(q)));
   }
   return {out, lse};
 }

@@ -16,6 +16,13 @@ __device__ __forceinline__ float load(const void* data, int64_t i, DType dtype) 
   return __half2float(static_cast<const __half*>(data)[i]);
 }
 
+// Channels 2 i and 2 i + 1, aligned to their pair.
+__device__ __forceinline__ float2 load_pair(const void* data, int i, DType dtype) {
+  if (dtype == DType::f32) return static_cast<const float2*>(data)[i];
+  if (dtype == DType::bf16) return __bfloat1622float2(static_cast<const __nv_bfloat162*>(data)[i]);
+  return __half22float2(static_cast<const __half2*>(data)[i]);
+}
+
 __device__ __forceinline__ void store(void* data, int64_t i, float x, DType dtype) {
   if (dtype == DType::f32)
     static_cast<float*>(data)[i] = x;

@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const Layer a) {
   uint8_t* codes = book.codes + head * book.slots * book.S;
   nearest(x, tokens, D, book, h, [&](int t, int m, uint8_t code) {
     const int64_t slot = slot0 + t;
-    if (slot >= 0 && slot < book.slots) codes[code_offset(kRows64, slot, m, book.S)] = code;
+    if (slot >= 0 && slot < book.slots) codes[code_offset(book.layout, slot, m, book.S)] = code;
   });
 }
 

@@ -19,8 +19,12 @@ struct Attention {
   float* lse;       // [B, H * G, n], or null
   int splits;       // blocks that share the tokens of a row
   int frames;       // prepared queries a row, at least 1
-  float* prepared;  // [B, H, frames, rows, D]: T^-T R(-t_f) q * scale * log2(e)
+  void* prepared;   // queries, T^-T R(-t_f) q * scale * log2(e): fp32 [B, H, frames, rows, D], or see attention_mma.cuh
   float* partials;  // [B, H, rows, splits, D + 2]: numerator, reference maximum (log2), denominator
+
+  // Tensor core kernel only.
+  float* magnitudes;  // [B, H, tiles of 4 rows, 4]
+  bool overlap;       // the GPU can start a kernel before the one it depends on has ended
 };
 
 struct Encode {
@@ -39,10 +43,17 @@ struct Decode {
   void* out;  // [B, H, T, S * d]
 };
 
-// Each launches on `stream` and returns cudaGetLastError(). head_dim: a multiple of 8, at most 256; layout: rows64.
+constexpr int kScratch = 35 << 10;  // shared memory of the tensor core kernel beside its tables, at most
+
+// Each launches on `stream` and returns cudaGetLastError(). head_dim: a multiple of 8, at most 256.
 cudaError_t encode_launch(const Encode&, cudaStream_t);
 cudaError_t decode_launch(const Decode&, cudaStream_t);
 cudaError_t append_launch(const Layer&, cudaStream_t);
-cudaError_t attention_launch(const Attention&, cudaStream_t);
+cudaError_t attention_rows_launch(const Attention&, cudaStream_t);  // layout rows64
+
+// Layouts mma_k and mma_v. Bytes of shared memory that the kernel for these channels a subspace takes for its tables; 0
+// if there is none.
+int attention_mma_tables(int64_t D, int64_t k_dim, int64_t v_dim);
+cudaError_t attention_mma_launch(const Attention&, cudaStream_t);
 
 }  // namespace million

@@ -11,6 +11,7 @@ slow, but every model keeps working.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -74,14 +75,13 @@ class MillionLayer(StaticLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads, _, D = key_states.shape
         self.books: LayerCodebooks = self.state.codebooks.to(self.device)[self.layer_idx]
-        group = getattr(self.state.config, "num_attention_heads", self.num_heads) // self.num_heads
-        self.codes, layouts = [], []
-        for codebook in (self.books.k_codebook, self.books.v_codebook):
-            _, _, S, d = codebook.shape
-            layout = million_ops.layout_for(self.device.type, D, d, group)
-            shape = layout.packed_shape(self.batch_size, self.num_heads, self.max_cache_len, S)
-            self.codes.append(torch.zeros(shape, dtype=torch.uint8, device=self.device))
-            layouts.append(layout.id)
+        codebooks = self.books.k_codebook, self.books.v_codebook
+        layouts = million_ops.layouts_for(self.device, D, *(x.shape[3] for x in codebooks), self.dtype)
+        shapes = [
+            layout.packed_shape(self.batch_size, self.num_heads, self.max_cache_len, codebook.shape[2])
+            for layout, codebook in zip(layouts, codebooks)
+        ]
+        self.codes = [torch.zeros(shape, dtype=torch.uint8, device=self.device) for shape in shapes]
 
         def rows(tokens: int) -> Tensor:
             return torch.zeros(self.batch_size, self.num_heads, tokens, D, dtype=self.dtype, device=self.device)
@@ -91,8 +91,8 @@ class MillionLayer(StaticLayer):
         self.geometry = {
             "frame_tokens": self.books.frame_tokens,
             "rope_interleaved": self.books.rope_interleaved,
-            "k_layout": layouts[0],
-            "v_layout": layouts[1],
+            "k_layout": layouts[0].id,
+            "v_layout": layouts[1].id,
         }
         # Last, so that running out of memory above leaves no clock that nobody begins.
         self.clock, self.begins = self.state.clock(self.batch_size, self.device)
@@ -352,12 +352,10 @@ class MillionStaticCache(StaticCache):
         H, D, B = kv_heads(text), head_dim(text), batch_size
         quantised = full_attention_layers(text)
         total = 3 * 8 + 2 * 4 * B  # clock, start, origin
-        for d in (pq.k_subspace_dim, pq.v_subspace_dim):
-            group = getattr(text, "num_attention_heads", H) // H
-            B_, H_, tiles, width = million_ops.layout_for(device_type, D, d, group).packed_shape(
-                B, H, max_cache_len, D // d
-            )
-            total += len(quantised) * B_ * H_ * tiles * width
+        dims = pq.k_subspace_dim, pq.v_subspace_dim
+        # fp32: the choice between the layouts of one device does not change their size, and needs the device.
+        for layout, d in zip(million_ops.layouts_for(device_type, D, *dims, torch.float32), dims):
+            total += len(quantised) * math.prod(layout.packed_shape(B, H, max_cache_len, D // d))
             total += len(quantised) * B * H * D * (pq.recent_tokens + pq.sink_tokens) * dtype.itemsize
         for i, layer in enumerate(StaticCache(config=config, max_cache_len=max_cache_len).layers):
             if i not in quantised and isinstance(layer, StaticLayer):

@@ -2,7 +2,8 @@
 
 from million_ops import _loader, _schema  # noqa: F401  defines the ops, then loads what implements them
 from million_ops._loader import backends, has_kernels
-from million_ops.layout import LAYOUTS, Layout, layout_by_id, layout_for, pack, unpack
+from million_ops.dispatch import layouts_for
+from million_ops.layout import LAYOUTS, Layout, layout_by_id, pack, unpack
 from million_ops.ops import pq_append_, pq_attention, pq_attention_lse, pq_decode, pq_encode
 from million_ops.reference import pq_dequantize
 
@@ -12,7 +13,7 @@ __all__ = [
     "backends",
     "has_kernels",
     "layout_by_id",
-    "layout_for",
+    "layouts_for",
     "pack",
     "pq_append_",
     "pq_attention",

@@ -29,13 +29,18 @@ class Layout:
     name: str
     tile_tokens: int
     offset: Callable[[Tensor, Tensor, int], Tensor]
+    subspace_step: int = 1  # S is a multiple of this
 
     def tiles(self, capacity: int) -> int:
         """Tiles that hold ``capacity`` tokens."""
         return -(-capacity // self.tile_tokens)
 
     def packed_shape(self, batch: int, heads: int, capacity: int, subspaces: int) -> tuple[int, int, int, int]:
-        """Shape of the packed buffer for ``capacity`` tokens, rounded up to whole tiles."""
+        """Shape of the packed buffer for ``capacity`` tokens, rounded up to whole tiles. Raises ValueError for an S it cannot pack."""
+        if subspaces % self.subspace_step:
+            raise ValueError(
+                f"layout {self.name} packs multiples of {self.subspace_step} subspaces, got {subspaces} subspaces"
+            )
         return batch, heads, self.tiles(capacity), self.tile_tokens * subspaces
 
     def permutation(self, subspaces: int, device: torch.device | str = "cpu") -> Tensor:
@@ -45,12 +50,50 @@ class Layout:
         return self.offset(t, m, subspaces)
 
 
+def _rotation_width(steps: int, step: Tensor) -> Tensor:
+    """Lookup steps go in groups of 4, then 2, then 1; within a group lanes take them in rotated order."""
+    return torch.where(step < steps // 4 * 4, 4, torch.where(step < steps // 2 * 2, 2, 1))
+
+
+def _lane_byte(lane: Tensor, at: Tensor) -> Tensor:
+    """Byte ``at`` of a lane's codes: a warp reads 16 bytes a lane at a time."""
+    return at // 16 * 512 + lane * 16 + at % 16
+
+
+# Both serve tensor core instructions whose operands a warp looks up, lane l = 4 n + c holding column n and depths of its c.
+# A table row lies across the 32 banks of shared memory, so lanes that look up the same subspace of different tokens at the
+# same time would conflict. Therefore lanes take their steps in an order rotated (xor) by what would make them collide, and
+# the kernel undoes the rotation in the other operand. `csrc/cuda/attention_mma.cu` says how.
+
+
+def _mma_k(t: Tensor, m: Tensor, S: int) -> Tensor:
+    """Keys: a step looks up four subspaces, one for each c, of eight tokens, one for each n; steps rotate with n."""
+    steps, c, step = S // 4, m % 4, m // 4
+    width = _rotation_width(steps, step)
+    batch, n, half = t % 4, (t >> 2) % 4 * 2 + (t >> 4) % 2, (t >> 5) ^ ((t >> 2) & 1)
+    own = step ^ (((n & 3) ^ (2 * half)) & (width - 1))
+    return _lane_byte(4 * n + c, (2 * batch + half) * steps + own)
+
+
+def _mma_v(t: Tensor, m: Tensor, S: int) -> Tensor:
+    """Values: a step looks up eight subspaces, one for each n, of sixteen tokens, four for each c; steps rotate with c."""
+    steps, step = S // 8, m // 8
+    width = _rotation_width(steps, step)
+    base = step // width * width
+    n, c = (m - 8 * base) // width, (t >> 2) % 4
+    own = base + (((m - 8 * base) % width) ^ (c & (width - 1)))
+    return _lane_byte(4 * n + c, ((t >> 4) * steps + own) * 4 + t % 4)
+
+
 LAYOUTS: tuple[Layout, ...] = (
     # Token after token: what a person would write down, and the order of `pq_encode`'s result.
     Layout(0, "plain", 1, lambda t, m, S: t * S + m),
     # Subspace after subspace, 64 tokens (one cache line) each: the CPU kernels keep one subspace's table in L1 while
     # they walk over the tile's tokens, and a lane of a GPU's warp reads its subspaces' codes 16 tokens at a time.
     Layout(1, "rows64", 64, lambda t, m, S: m * 64 + t),
+    # Keys and values in the order in which lanes look them up for tensor cores.
+    Layout(2, "mma_k", 64, _mma_k, subspace_step=8),
+    Layout(3, "mma_v", 64, _mma_v, subspace_step=8),
 )
 
 
@@ -62,17 +105,20 @@ def layout_by_id(layout_id: int) -> Layout:
     return LAYOUTS[layout_id]
 
 
-def layout_for(device_type: str, head_dim: int, subspace_dim: int, group: int) -> Layout:
-    """The layout that the kernels of a device family read.
+def mma_table_pages(head_dim: int, k_subspace_dim: int, v_subspace_dim: int) -> int | None:
+    """64 KiB pages of shared memory that the lookup tables of layouts ``mma_k`` and ``mma_v`` take, or None where they do not apply.
 
-    Args:
-        device_type: ``torch.device.type``.
-        head_dim: channels of a head.
-        subspace_dim: channels that share a code (d_m).
-        group: query heads a KV head.
+    A table has a row of 256 centroids' entries, cut into pages of 256 bytes a row; `csrc/cuda/attention_mma.cu` lays it out.
     """
-    del head_dim, subspace_dim, group  # faster GPU kernels will want layouts that depend on them
-    return LAYOUTS[1] if device_type in ("cpu", "cuda") else LAYOUTS[0]
+
+    def groups(steps: int) -> list[int]:
+        return [4] * (steps // 4) + [2] * (steps % 4 // 2) + [1] * (steps % 2)
+
+    if head_dim not in (64, 96, 128) or any(head_dim // d % 8 for d in (k_subspace_dim, v_subspace_dim)):
+        return None
+    k_row = sum(max(128, 8 * width * k_subspace_dim) for width in groups(head_dim // k_subspace_dim // 4))
+    v_row = len(groups(head_dim // v_subspace_dim // 8)) * v_subspace_dim * 64
+    return -(-k_row // 256) + -(-v_row // 256)
 
 
 def pack(codes: Tensor, layout: Layout, capacity: int | None = None) -> Tensor:

@@ -141,16 +141,21 @@ def pq_append_(k, v, k_codebook, v_codebook, k_transform, inv_freq, k_codes, v_c
 
 
 def pq_attention_lse(q, k, v, k_codebook, v_codebook, k_transform_inv, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks,
-                     clock, start, origin, mask, scale, offset, frame_tokens, rope_interleaved, k_layout, v_layout):  # fmt: skip
-    """See `million_ops.pq_attention`. fp32 throughout; two copies of every cached token, the exact one and the coded one."""
+                     clock, start, origin, mask, scale, offset, frame_tokens, rope_interleaved, k_layout, v_layout,
+                     decoded=torch.float32):  # fmt: skip
+    """See `million_ops.pq_attention`. fp32 throughout; two copies of every cached token, the exact one and the coded one.
+
+    ``decoded``: dtype that decoded keys and values pass through; with a 16-bit one this is what a cache that decodes to the
+    model's dtype and attends would compute, the yardstick of kernels for 16-bit models.
+    """
     check_attention(q, k, v, k_codebook, v_codebook, k_transform_inv, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks,
                     clock, start, origin, mask, scale, offset, frame_tokens, rope_interleaved, k_layout, v_layout)  # fmt: skip
     B, Hq, n, D = q.shape
     H, R, sinks = k.shape[1], k_ring.shape[2], k_sinks.shape[2]
     k_coded = pq_dequantize(
-        k_codes, k_codebook, k_transform_inv, inv_freq, origin, k_layout, torch.float32, frame_tokens, rope_interleaved
-    )
-    v_coded = pq_dequantize(v_codes, v_codebook, None, None, origin, v_layout, torch.float32)
+        k_codes, k_codebook, k_transform_inv, inv_freq, origin, k_layout, decoded, frame_tokens, rope_interleaved
+    ).float()
+    v_coded = pq_dequantize(v_codes, v_codebook, None, None, origin, v_layout, decoded).float()
     # K and V may be packed in tiles of different length; slots behind the shorter buffer hold nothing.
     T = min(k_coded.shape[2], v_coded.shape[2])
     first = clock[0] + offset  # slot of the first new token

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from million_ops import layout_by_id, layout_for
+from million_ops import layout_by_id, layouts_for
 
 NAN = float("nan")
 
@@ -24,13 +24,13 @@ class LayerState:
     origin: Tensor
     frame_tokens: int
     interleaved: bool
-    layout: int
+    layouts: tuple[int, int]  # of keys, of values
     heads: int
     head_dim: int
     dtype: torch.dtype
 
     def geometry(self, offset: int) -> tuple:
-        return offset, self.frame_tokens, self.interleaved, self.layout, self.layout
+        return offset, self.frame_tokens, self.interleaved, *self.layouts
 
     def append_args(self, k: Tensor, v: Tensor, offset: int = 0) -> tuple:
         c = self.codebooks
@@ -59,13 +59,14 @@ class LayerState:
 
 def make_layer(*, batch: int = 1, heads: int = 2, head_dim: int = 64, k_dim: int = 2, v_dim: int = 2, past: int = 0,
                capacity: int | None = None, recent: int = 16, sinks: int = 4, frame_tokens: int = 64, start=None, shift: int = 0,
-               transform: bool = True, rotary: int | None = None, interleaved: bool = False, layout: int | None = None,
+               transform: bool = True, rotary: int | None = None, interleaved: bool = False, layouts: tuple[int, int] | None = None,
                dtype: torch.dtype = torch.float32) -> LayerState:  # fmt: skip
     """A layer whose ``past`` tokens are random codes with matching random ring and sinks; what nobody may see is NaN.
 
     Args:
         rotary: rotated channels; None for all of them, 0 for a layer without rotation.
         start: first valid slot of each row.
+        layouts: ids of the layouts of keys and values; None for those that the default device's kernels read.
         shift: added to every position (``origin = shift - start``).
     """
     capacity = past + 128 if capacity is None else capacity
@@ -75,12 +76,13 @@ def make_layer(*, batch: int = 1, heads: int = 2, head_dim: int = 64, k_dim: int
     if transform:
         k_transform = torch.eye(head_dim) + torch.randn(heads, head_dim, head_dim) * (0.3 / head_dim**0.5)
         k_inverse = torch.linalg.inv(k_transform.double()).float().contiguous()
-    device_type = torch.get_default_device().type
-    layout = layout_for(device_type, head_dim, k_dim, 1).id if layout is None else layout
-    if device_type == "cuda" and layout != layout_for("cuda", head_dim, k_dim, 1).id:
-        pytest.skip("the CUDA kernels read one layout")
+    device = torch.get_default_device()
+    chosen = tuple(x.id for x in layouts_for(device, head_dim, k_dim, v_dim, dtype))
+    layouts = chosen if layouts is None else layouts
+    if device.type == "cuda" and layouts not in (chosen, (1, 1)):
+        pytest.skip("the CUDA kernels do not read these layouts")
     buffers = {}
-    for side, d in (("k", k_dim), ("v", v_dim)):
+    for side, d, layout in zip("kv", (k_dim, v_dim), layouts):
         shape = layout_by_id(layout).packed_shape(batch, heads, capacity, head_dim // d)
         buffers[f"{side}_codes"] = torch.randint(0, 256, shape, dtype=torch.uint8)
     slots = torch.arange(past)
@@ -105,7 +107,7 @@ def make_layer(*, batch: int = 1, heads: int = 2, head_dim: int = 64, k_dim: int
         origin=shift - start,
         frame_tokens=frame_tokens,
         interleaved=interleaved,
-        layout=layout,
+        layouts=layouts,
         heads=heads,
         head_dim=head_dim,
         dtype=dtype,

@@ -1,0 +1,24 @@
+// The instances of the tensor core kernel: one source file a head_dim, so that they compile in parallel.
+#pragma once
+
+#include "kernels.h"
+
+namespace million {
+namespace mma {
+
+struct Instance {
+  int64_t D, k_dim, v_dim;
+  int table_bytes;
+  cudaError_t (*launch)(const Attention&, cudaStream_t);
+};
+
+// Lists that end with an empty instance.
+const Instance* instances_64();
+const Instance* instances_96();
+const Instance* instances_128();
+
+// Null if there is none.
+const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim);
+
+}  // namespace mma
+}  // namespace million
