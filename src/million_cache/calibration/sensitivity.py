@@ -27,7 +27,9 @@ from million_cache.models import evaluating, full_attention_layers
 
 DRAW = 256  # positions whose probabilities are held at once
 DAMPING = 0.1
-KEY_POWER, VALUE_POWER = 0.5, 1.0  # of 0, 0.3, 0.5 and 1: what left the least KL at 2 bit
+# KL of SmolLM2 with (key, value) power, first two evaluation contexts; 2 bit: (0, 0) .0106, (.5, .5) .0089, (.5, 1) .0088;
+# 1 bit: (.5, .5) .0456, (.5, 1) .0445, (1, 1) .0460.
+KEY_POWER, VALUE_POWER = 0.5, 1.0
 
 
 def measure_sensitivity(
