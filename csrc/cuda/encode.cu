@@ -2,11 +2,14 @@
 //
 //   code[b,h,t,m] = argmin_c sum_j (x[b,h,t,m,j] - codebook[h,c,m,j])^2, fp32, the lowest index on ties
 //
-// A block takes kTokens tokens of one (row, KV head) of the keys or of the values. It brings them to shared memory as
-// fp32 (keys of an append rotated to their frame and transformed), then every thread compares one subspace of
+// Many tokens: a block takes kTokens tokens of one (row, KV head) of the keys or of the values. It brings them to shared
+// memory as fp32 (keys of an append rotated to their frame and transformed), then every thread compares one subspace of
 // kPerThread tokens with every centroid: neighbouring threads have neighbouring subspaces, so a centroid's load is
-// coalesced, and it serves kPerThread tokens. With one token (decode) `Parts` threads share a subspace's centroids
-// instead.
+// coalesced, and it serves kPerThread tokens. A first pass looks for the nearest block of kBlock centroids by |c|^2 - 2 x c,
+// which rounds; a second compares that block as defined, or all of them where another block is about as near.
+//
+// Few tokens (decode), where every wait counts: a block takes 32 channels of one token, so that the rows of T it needs and
+// the centroids of its subspaces are each loaded at once.
 #include <algorithm>
 
 #include "../common/pq_layout.h"
@@ -19,60 +22,88 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTokens = 64;    // tokens of a block
 constexpr int kPerThread = 8;  // tokens that share a thread's centroid loads
-constexpr int kParts = 8;      // threads that share the centroids of one subspace when there are few tokens
+constexpr int kBlock = 4;      // centroids of the first pass's blocks
 
-struct Best {
-  float distance;
-  int code;
-};
+// Centroid c of a subspace. `codebook`: of the head, from the subspace on.
+template <int d>
+__device__ __forceinline__ void load_centroid(const __half* codebook, int c, int S, float (&centroid)[d]) {
+  const __half2* at = reinterpret_cast<const __half2*>(codebook + int64_t(c) * S * d);
+#pragma unroll
+  for (int j = 0; j < d / 2; j++) {
+    const float2 pair = __half22float2(at[j]);
+    centroid[2 * j] = pair.x, centroid[2 * j + 1] = pair.y;
+  }
+}
+
+template <int d>
+__device__ __forceinline__ float distance_to(const float (&x)[d], const float (&centroid)[d]) {
+  float distance = 0.f;
+#pragma unroll
+  for (int j = 0; j < d; j++) distance = fmaf(x[j] - centroid[j], x[j] - centroid[j], distance);
+  return distance;
+}
 
 // Codes of the tokens x [tokens, D] fp32 in shared memory; `write(token, subspace, code)` stores one.
-template <int d, int Tokens, int Parts, class Write>
+template <int d, class Write>
 __device__ void nearest(const float* x, int tokens, int D, const __half* codebook, int S, const Write& write) {
-  const int groups = (tokens + Tokens - 1) / Tokens;
-  // Parts neighbours in a warp share a work item, so every lane of a warp must reach the shuffles.
-  const int items = (groups * S * Parts + kWarp - 1) / kWarp * kWarp;
-  for (int item = threadIdx.x; item < items; item += kThreads) {
-    const int part = item % Parts, m = item / Parts % S, first = item / (Parts * S) * Tokens;
-    const bool live = first < tokens;
-    float mine[Tokens][d];
-    Best best[Tokens];
+  const int groups = (tokens + kPerThread - 1) / kPerThread;
+  for (int item = threadIdx.x; item < groups * S; item += kThreads) {
+    const int m = item % S, first = item / S * kPerThread;
+    const __half* mine = codebook + m * d;
+    float point[kPerThread][d], best[kPerThread], second[kPerThread], widest = 0.f;
+    int block[kPerThread];
 #pragma unroll
-    for (int t = 0; t < Tokens; t++) {
-      best[t] = {INFINITY, 0};
+    for (int t = 0; t < kPerThread; t++) {
+      best[t] = second[t] = INFINITY, block[t] = 0;
 #pragma unroll
-      for (int j = 0; j < d; j++) mine[t][j] = live && first + t < tokens ? x[(first + t) * D + m * d + j] : 0.f;
+      for (int j = 0; j < d; j++) point[t][j] = x[min(first + t, tokens - 1) * D + m * d + j];
     }
-    if (live) {
-      constexpr int kShare = kCentroids / Parts;
+    for (int c0 = 0; c0 < kCentroids; c0 += kBlock) {
+      float nearest[kPerThread];
+#pragma unroll
+      for (int t = 0; t < kPerThread; t++) nearest[t] = INFINITY;
 #pragma unroll 4
-      for (int c = part * kShare; c < (part + 1) * kShare; c++) {
-        float centroid[d];
-        const __half2* at = reinterpret_cast<const __half2*>(codebook + (int64_t(c) * S + m) * d);
+      for (int c = c0; c < c0 + kBlock; c++) {
+        float centroid[d], square = 0.f;
+        load_centroid<d>(mine, c, S, centroid);
 #pragma unroll
-        for (int j = 0; j < d / 2; j++) {
-          const float2 pair = __half22float2(at[j]);
-          centroid[2 * j] = pair.x, centroid[2 * j + 1] = pair.y;
+        for (int j = 0; j < d; j++) square = fmaf(centroid[j], centroid[j], square), centroid[j] *= -2.f;
+        widest = fmaxf(widest, square);
+#pragma unroll
+        for (int t = 0; t < kPerThread; t++) {
+          float value = square;
+#pragma unroll
+          for (int j = 0; j < d; j++) value = fmaf(centroid[j], point[t][j], value);
+          nearest[t] = fminf(nearest[t], value);
         }
+      }
 #pragma unroll
-        for (int t = 0; t < Tokens; t++) {
-          float distance = 0.f;
-#pragma unroll
-          for (int j = 0; j < d; j++) distance = fmaf(mine[t][j] - centroid[j], mine[t][j] - centroid[j], distance);
-          if (distance < best[t].distance) best[t] = {distance, c};
-        }
+      for (int t = 0; t < kPerThread; t++) {
+        second[t] = fminf(second[t], fmaxf(best[t], nearest[t]));
+        block[t] = nearest[t] < best[t] ? c0 : block[t];
+        best[t] = fminf(best[t], nearest[t]);
       }
     }
 #pragma unroll
-    for (int t = 0; t < Tokens; t++) {
+    for (int t = 0; t < kPerThread; t++) {
+      if (first + t >= tokens) break;
+      float length = 0.f;
 #pragma unroll
-      for (int step = 1; step < Parts; step *= 2) {
-        const float distance = __shfl_xor_sync(~0u, best[t].distance, step);
-        const int code = __shfl_xor_sync(~0u, best[t].code, step);
-        if (distance < best[t].distance || (distance == best[t].distance && code < best[t].code))
-          best[t] = {distance, code};
+      for (int j = 0; j < d; j++) length = fmaf(point[t][j], point[t][j], length);
+      // What rounding may have moved the two values by. Not so for NaN either: then every centroid is compared.
+      const float doubt = (d + 2) * 0x1p-22f * (widest + 2.f * sqrtf(length * widest));
+      const bool sure = second[t] - best[t] > doubt;
+      const int begin = sure ? block[t] : 0, end = sure ? begin + kBlock : kCentroids;
+      float least = INFINITY;
+      int code = 0;
+#pragma unroll 4
+      for (int c = begin; c < end; c++) {
+        float centroid[d];
+        load_centroid<d>(mine, c, S, centroid);
+        const float distance = distance_to<d>(point[t], centroid);
+        if (distance < least) least = distance, code = c;
       }
-      if (part == 0 && live && first + t < tokens) write(first + t, m, static_cast<uint8_t>(best[t].code));
+      write(first + t, m, static_cast<uint8_t>(code));
     }
   }
 }
@@ -80,21 +111,14 @@ __device__ void nearest(const float* x, int tokens, int D, const __half* codeboo
 template <class Write>
 __device__ void nearest(const float* x, int tokens, int D, const Coded& book, int h, const Write& write) {
   const __half* codebook = reinterpret_cast<const __half*>(book.codebook) + int64_t(h) * kCentroids * D;
-  const bool few = tokens <= 2;
   switch (book.d) {
-    case 2:
-      return few ? nearest<2, 1, kParts>(x, tokens, D, codebook, book.S, write)
-                 : nearest<2, kPerThread, 1>(x, tokens, D, codebook, book.S, write);
-    case 4:
-      return few ? nearest<4, 1, kParts>(x, tokens, D, codebook, book.S, write)
-                 : nearest<4, kPerThread, 1>(x, tokens, D, codebook, book.S, write);
-    default:
-      return few ? nearest<8, 1, kParts>(x, tokens, D, codebook, book.S, write)
-                 : nearest<8, kPerThread, 1>(x, tokens, D, codebook, book.S, write);
+    case 2: return nearest<2>(x, tokens, D, codebook, book.S, write);
+    case 4: return nearest<4>(x, tokens, D, codebook, book.S, write);
+    default: return nearest<8>(x, tokens, D, codebook, book.S, write);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) encode_kernel(const Encode a) {
+__global__ void __launch_bounds__(kThreads, 2) encode_kernel(const Encode a) {
   extern __shared__ float x[];  // [kTokens, D]
   const int b = blockIdx.y / a.H, h = blockIdx.y % a.H, first = blockIdx.x * kTokens;
   const int tokens = min(kTokens, a.T - first);
@@ -116,21 +140,9 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const Decode a) {
   }
 }
 
-// y[t] = T x[t] for few tokens: a warp forms one channel, reading its row of T along its length.
-__device__ void transform_few(const float* transform, const float* x, float* y, int tokens, int D) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  for (int c = warp; c < D; c += kThreads / kWarp)
-    for (int t = 0; t < tokens; t++) {
-      float sum = 0.f;
-      for (int j = lane; j < D; j += kWarp) sum = fmaf(transform[int64_t(c) * D + j], x[t * D + j], sum);
-      for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      if (lane == 0) y[t * D + c] = sum;
-    }
-}
-
-// The same for many: a thread forms one channel of kSums tokens, T comes in slices of kSlice columns.
+// y[t] = T x[t]: a thread forms one channel of kSums tokens, T comes in slices of kSlice columns.
 constexpr int kSlice = 32, kSums = 32;
-__device__ void transform_many(const float* transform, const float* x, float* y, int tokens, int D, float* slice) {
+__device__ void transform_tokens(const float* transform, const float* x, float* y, int tokens, int D, float* slice) {
   const int channels = min(D, kThreads), groups = kThreads / channels;
   const int c = threadIdx.x % channels, group = threadIdx.x / channels;
   for (int first = 0; first < tokens; first += groups * kSums) {
@@ -163,7 +175,7 @@ __device__ void transform_many(const float* transform, const float* x, float* y,
 }
 
 // blockIdx: token block, (row, KV head), keys or values.
-__global__ void __launch_bounds__(kThreads) append_kernel(const Layer a) {
+__global__ void __launch_bounds__(kThreads, 2) append_kernel(const Layer a) {
   extern __shared__ float shared[];  // x [kTokens, D], then for keys y [kTokens, D]
   float* x = shared;
   const int H = a.H, b = blockIdx.y / H, h = blockIdx.y % H, first = blockIdx.x * kTokens;
@@ -198,10 +210,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const Layer a) {
   if (keys && a.transform != nullptr) {
     float* y = x == shared ? shared + kTokens * D : shared;
     const float* transform = a.transform + int64_t(h) * D * D;
-    if (tokens <= 2)
-      transform_few(transform, x, y, tokens, D);
-    else
-      transform_many(transform, x, y, tokens, D, shared + 2 * kTokens * D);
+    transform_tokens(transform, x, y, tokens, D, shared + 2 * kTokens * D);
     __syncthreads();
     x = y;
   }
@@ -211,6 +220,97 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const Layer a) {
     const int64_t slot = slot0 + t;
     if (slot >= 0 && slot < book.slots) codes[code_offset(book.layout, slot, m, book.S)] = code;
   });
+}
+
+constexpr int kFew = 4, kChannels = 32;  // tokens of the kernel for few; channels of its blocks
+
+// Nearest centroids of kChannels / d subspaces of one token, point [kChannels] in shared memory: the threads share a
+// subspace's centroids. `write(subspace of these, code)`.
+template <int d, class Write>
+__device__ void nearest_few(const float* point, int channels, const __half* codebook, int S, const Write& write) {
+  constexpr int kSubspaces = kChannels / d, kParts = kThreads / kSubspaces, kShare = kCentroids / kParts;
+  __shared__ float distances[kParts][kSubspaces];
+  __shared__ int codes[kParts][kSubspaces];
+  const int m = threadIdx.x % kSubspaces, part = threadIdx.x / kSubspaces;
+  if (m * d < channels) {
+    float mine[d], centroids[kShare][d], least = INFINITY;
+    int code = 0;
+#pragma unroll
+    for (int i = 0; i < kShare; i++) load_centroid<d>(codebook + m * d, part * kShare + i, S, centroids[i]);
+#pragma unroll
+    for (int j = 0; j < d; j++) mine[j] = point[m * d + j];
+#pragma unroll
+    for (int i = 0; i < kShare; i++) {
+      const float distance = distance_to<d>(mine, centroids[i]);
+      if (distance < least) least = distance, code = part * kShare + i;
+    }
+    distances[part][m] = least, codes[part][m] = code;
+  }
+  __syncthreads();
+  if (part == 0 && m * d < channels) {
+    float least = INFINITY;
+    int code = 0;
+#pragma unroll 8
+    for (int i = 0; i < kParts; i++)  // in the order of the centroids, so that the lowest index wins a tie
+      if (distances[i][m] < least) least = distances[i][m], code = codes[i][m];
+    write(m, static_cast<uint8_t>(code));
+  }
+}
+
+// blockIdx: kChannels channels, (row, KV head), token x (keys, values).
+__global__ void __launch_bounds__(kThreads) append_few_kernel(const Layer a) {
+  __shared__ float x[256], rotated[256], point[kChannels];  // head_dim up to 256
+  const int b = blockIdx.y / int(a.H), h = blockIdx.y % int(a.H), t = blockIdx.z / 2, D = int(a.D), R = int(a.R);
+  const int channel0 = blockIdx.x * kChannels, channels = min(kChannels, D - channel0);
+  const bool keys = blockIdx.z % 2 == 0;
+  const int64_t slot = first_slot(a) + t, head = int64_t(b) * a.H + h, rank = slot - a.start[b];
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  if (thread < D) {
+    const float value = load((keys ? a.k_new : a.v_new).at(b, h, t), thread, a.dtype);
+    x[thread] = value;
+    if (slot >= 0 && thread >= channel0 && thread < channel0 + channels) {
+      if (R > 0 && t >= int(a.n) - R) store(keys ? a.k_ring : a.v_ring, (head * R + slot % R) * D + thread, value, a.dtype);
+      if (rank >= 0 && rank < a.N) store(keys ? a.k_sinks : a.v_sinks, (head * a.N + rank) * D + thread, value, a.dtype);
+    }
+  }
+  __syncthreads();
+  const float* from = x;
+  if (keys && a.inv_freq != nullptr) {
+    if (thread < D)
+      rotated[thread] = frame_channel(a, x, thread, frame_position(a, b, max(slot, int64_t(0)) / a.frame_tokens));
+    __syncthreads();
+    from = rotated;
+  }
+  constexpr int kRows = kChannels / (kThreads / kWarp);  // of T, a warp
+  if (keys && a.transform != nullptr) {
+    float sums[kRows] = {};
+    const float* rows = a.transform + (int64_t(h) * D + channel0 + warp * kRows) * D;
+#pragma unroll 4
+    for (int j = lane; j < D; j += kWarp)
+#pragma unroll
+      for (int r = 0; r < kRows; r++)
+        if (warp * kRows + r < channels) sums[r] = fmaf(__ldg(rows + r * D + j), from[j], sums[r]);
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {
+#pragma unroll
+      for (int step = 16; step; step /= 2) sums[r] += __shfl_xor_sync(~0u, sums[r], step);
+      if (lane == 0) point[warp * kRows + r] = sums[r];
+    }
+  } else if (thread < channels) {
+    point[thread] = from[channel0 + thread];
+  }
+  __syncthreads();
+  const Coded& book = keys ? a.k : a.v;
+  if (slot < 0 || slot >= book.slots) return;
+  const __half* codebook = reinterpret_cast<const __half*>(book.codebook) + int64_t(h) * kCentroids * D + channel0;
+  uint8_t* codes = book.codes + head * book.slots * book.S;
+  const int S = int(book.S), first = channel0 / int(book.d);
+  const auto write = [&](int m, uint8_t code) { codes[code_offset(book.layout, slot, first + m, S)] = code; };
+  switch (book.d) {
+    case 2: return nearest_few<2>(point, channels, codebook, S, write);
+    case 4: return nearest_few<4>(point, channels, codebook, S, write);
+    default: return nearest_few<8>(point, channels, codebook, S, write);
+  }
 }
 
 }  // namespace
@@ -230,6 +330,11 @@ cudaError_t decode_launch(const Decode& a, cudaStream_t stream) {
 }
 
 cudaError_t append_launch(const Layer& a, cudaStream_t stream) {
+  if (a.n <= kFew) {
+    const dim3 grid((a.D + kChannels - 1) / kChannels, a.B * a.H, 2 * a.n);
+    append_few_kernel<<<grid, kThreads, 0, stream>>>(a);
+    return cudaGetLastError();
+  }
   const dim3 grid((a.n + kTokens - 1) / kTokens, a.B * a.H, 2);
   const size_t shared = (size_t(2) * kTokens + kSlice + 1) * a.D * sizeof(float);
   cudaFuncSetAttribute(append_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);

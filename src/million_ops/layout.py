@@ -18,6 +18,8 @@ from torch import Tensor
 
 CENTROIDS = 256  # 8-bit codes
 SUBSPACE_DIMS = (2, 4, 8)  # channels that share a code (d_m): 4, 2 and 1 bit an element
+# Channels that share a code, of keys and of values, that the tensor core kernel is built for (csrc/cuda/attention_mma_*.cu).
+MMA_SHAPES = {64: ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8)), 96: ((2, 2), (4, 4)), 128: ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8))}
 HEAD_DIMS = (64, 96, 128, 256)  # what the compiled kernels are tested for; the reference takes any multiple of d_m
 
 
@@ -114,7 +116,7 @@ def mma_table_pages(head_dim: int, k_subspace_dim: int, v_subspace_dim: int) -> 
     def groups(steps: int) -> list[int]:
         return [4] * (steps // 4) + [2] * (steps % 4 // 2) + [1] * (steps % 2)
 
-    if head_dim not in (64, 96, 128) or any(head_dim // d % 8 for d in (k_subspace_dim, v_subspace_dim)):
+    if (k_subspace_dim, v_subspace_dim) not in MMA_SHAPES.get(head_dim, ()):
         return None
     k_row = sum(max(128, 8 * width * k_subspace_dim) for width in groups(head_dim // k_subspace_dim // 4))
     v_row = len(groups(head_dim // v_subspace_dim // 8)) * v_subspace_dim * 64

@@ -125,7 +125,8 @@ def test_encode_and_decode_arguments(op, change, message):
 def test_layout_arguments():
     codes, layout = torch.zeros(1, 2, 10, 4, dtype=torch.uint8), layout_by_id(1)
     for call, message in (
-        (lambda: layout_by_id(2), "unknown layout_id 2"),
+        (lambda: layout_by_id(4), "unknown layout_id 4"),
+        (lambda: pack(codes, layout_by_id(2)), "mma_k packs multiples of 8 subspaces, got 4"),
         (lambda: pack(codes[0], layout), "codes must be uint8"),
         (lambda: pack(codes.int(), layout), "codes must be uint8"),
         (lambda: pack(codes, layout, 9), "do not fit a capacity of 9"),

@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYERS = [
     {"past": 70},
     {"past": 70, "recent": 0, "sinks": 0, "rotary": 0, "transform": False, "k_dim": 2, "v_dim": 8},
-    {"past": 70, "batch": 2, "start": [0, 9], "k_dim": 4, "v_dim": 4, "layout": 0},
+    {"past": 70, "batch": 2, "start": [0, 9], "k_dim": 4, "v_dim": 4, "layouts": (0, 0)},
 ]
 CASES = [(LAYERS[0], x) for x in DTYPES] + [(x, torch.bfloat16) for x in LAYERS[1:]]
 

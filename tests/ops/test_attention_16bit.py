@@ -1,0 +1,134 @@
+"""Attention of 16-bit models, on a GPU the tensor core kernel: errors within 1.5 times those of decoding to fp16 and attending."""
+
+import pytest
+import torch
+
+from million_ops import has_kernels, reference
+from tests.ops import oracle
+from tests.ops.layer_state import NAN, make_layer
+
+ops = torch.ops.million_ops
+pytestmark = pytest.mark.skipif(not has_kernels("cpu"), reason="needs the compiled CPU kernels")
+FACTOR = 1.5  # times the error of the same maths in fp16 PyTorch
+
+
+def check(layer, n=1, group=1, mask=None):
+    args = layer.attention_args(*layer.new_tokens(n, group), mask)
+    out, lse = ops.pq_attention_lse(*args)
+    plain, _ = reference.pq_attention_lse(*args, decoded=torch.float16)
+    truth, true_lse = oracle.attention(*args)
+    assert out.dtype == layer.dtype and out.is_contiguous() and lse.dtype == torch.float32
+    error, bound = ((x.double() - truth).norm() for x in (out, plain))
+    assert error <= FACTOR * bound + 1e-6 * truth.norm()
+    # Rounding the query to fp16 moves a score by at most 2^-11 of its absolute terms, and no score moves the LSE by more.
+    q, codebook = args[0].double(), layer.codebooks["k_codebook"].double()
+    inverse = layer.codebooks["k_transform_inv"]
+    widest = codebook.norm(dim=-1).amax(1).norm(dim=-1).amax() * (
+        1.0 if inverse is None else torch.linalg.matrix_norm(inverse.double(), 2).amax()
+    )
+    widest = max(widest, args[1].double().norm(dim=-1).amax())
+    shift = 2**-10 * layer.head_dim**-0.5 * q.norm(dim=-1).amax() * widest
+    seen = true_lse > -float("inf")
+    assert torch.equal(lse > -float("inf"), seen)
+    assert not seen.any() or (lse.double() - true_lse)[seen].abs().max() <= shift + 1e-5
+    for _ in range(3):  # bit for bit the same every time
+        assert torch.equal(ops.pq_attention(*args), out)
+
+
+def layer_of(**options):
+    return make_layer(**{"dtype": torch.float16, "head_dim": 128, "heads": 1, **options})
+
+
+@pytest.mark.parametrize("past", [0, 1, 4, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 3000])
+@pytest.mark.parametrize(("n", "group"), [(1, 4), (3, 2)])
+def test_lengths(past, n, group):
+    check(layer_of(past=past, batch=2, start=[0, 2], recent=16, frame_tokens=256), n, group)
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("n", [1, 2, 5, 16])
+def test_groups_and_chunks(group, n):
+    check(layer_of(past=300), n, group)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("k_dim", "v_dim"), [(2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (4, 2), (2, 8)])
+@pytest.mark.parametrize("group", [1, 3, 6])
+def test_head_dims_and_subspaces(head_dim, k_dim, v_dim, group):
+    check(layer_of(past=333, heads=2, head_dim=head_dim, k_dim=k_dim, v_dim=v_dim), group=group)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_dtypes(dtype, group):
+    check(layer_of(past=700, dtype=dtype), group=group)
+
+
+@pytest.mark.parametrize("frame_tokens", [0, 1, 48, 64, 100, 128, 2048])
+@pytest.mark.parametrize(("rotary", "interleaved"), [(None, False), (64, True), (0, False)])
+def test_frames(frame_tokens, rotary, interleaved):
+    layer = layer_of(past=460, frame_tokens=frame_tokens, rotary=rotary, interleaved=interleaved, shift=6000)
+    check(layer, group=4)
+
+
+@pytest.mark.parametrize("transform", [True, False])
+@pytest.mark.parametrize("recent", [0, 1, 16, 200])
+@pytest.mark.parametrize("sinks", [0, 1, 4, 40])
+def test_windows(transform, recent, sinks):
+    check(layer_of(past=350, recent=recent, sinks=sinks, transform=transform), 3, group=2)
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 63, 64, 100, 149, 150, 152, 400])
+def test_padding(start):
+    check(layer_of(past=150, batch=2, start=[start, 3]), 4, group=2)
+
+
+@pytest.mark.parametrize("slots", [90, 200, 400])
+@pytest.mark.parametrize("density", [0.02, 0.5])
+def test_masks_with_holes(slots, density):
+    layer = layer_of(past=350, batch=2, start=[0, 9])
+    check(layer, 6, group=2, mask=torch.rand(2, 1, 6, slots) < density)
+
+
+def test_what_nobody_sees_may_hold_anything():
+    layer = layer_of(past=300, recent=16)
+    mask = torch.ones(1, 1, 3, 303, dtype=torch.bool)
+    mask[..., [1, 290, 301]] = False  # a sink, a slot of the ring, a new token
+    q, k, v = layer.new_tokens(3)
+    clean = ops.pq_attention_lse(*layer.attention_args(q, k, v, mask))
+    for side, new in (("k", k), ("v", v)):
+        layer.buffers[f"{side}_sinks"][:, :, 1] = NAN
+        layer.buffers[f"{side}_ring"][:, :, 290 % 16] = NAN
+        new[:, :, 1] = NAN
+    dirty = ops.pq_attention_lse(*layer.attention_args(q, k, v, mask))
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty))
+
+
+def test_a_bad_query_is_not_hidden():
+    layer = layer_of(past=300)
+    q, k, v = layer.new_tokens(1, 4)
+    q[:, 2] = NAN
+    out = ops.pq_attention(*layer.attention_args(q, k, v))
+    assert out[:, :, 2].isnan().all() and out[:, :, [0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [1e-4, 300.0])
+def test_small_and_large_queries(factor):
+    layer = layer_of(past=500)
+    q, k, v = layer.new_tokens(1, 4)
+    args = layer.attention_args(q * factor, k, v)
+    truth = oracle.attention(*args)[0]
+    plain = reference.pq_attention(*args)
+    error, bound = ((x.double() - truth).norm() for x in (ops.pq_attention(*args), plain))
+    # Large scores pick single tokens; rounding the query may pick another only where two are that near.
+    assert error <= 4 * bound + 2e-2 * (factor > 1) * truth.norm()
+
+
+@pytest.mark.parametrize("scale", [-0.1, 0.0, 0.3])
+def test_any_scale(scale):
+    layer = layer_of(past=300)
+    args = layer.attention_args(*layer.new_tokens(1, 4), scale=scale)
+    truth = oracle.attention(*args)[0]
+    plain = reference.pq_attention_lse(*args, decoded=torch.float16)[0]
+    error, bound = ((x.double() - truth).norm() for x in (ops.pq_attention(*args), plain))
+    assert error <= FACTOR * bound + 1e-3 * truth.norm()
