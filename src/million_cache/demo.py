@@ -101,7 +101,7 @@ def run_demo(
     fetch_smollm2()
     with stage(console, "1/4 Loading SmolLM2-135M-Instruct (about 20 s)"):
         model, tokenizer = load_model(SMOLLM2)
-    with stage(console, f"2/4 Calibrating {preset} codebooks on {CALIBRATION_TOKENS} tokens (about a minute, once)"):
+    with stage(console, f"2/4 Calibrating {preset} codebooks on {CALIBRATION_TOKENS} tokens (about two minutes, once)"):
         books, known = cached_codebooks(model, tokenizer, body, source, config)
         if known:
             console.print("    found in the cache of an earlier run")
