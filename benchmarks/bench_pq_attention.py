@@ -1,8 +1,9 @@
 """Decode attention of one token. Baseline: the fastest of PyTorch's ways to SDPA with grouped heads, over a dense cache of the
 same dtype. On the CPU those are ``enable_gqa`` and transformers' ``pack_gqa``, which treats the group as query tokens; on a GPU
-cuDNN and FlashAttention."""
+cuDNN and FlashAttention, in CUDA graphs like our own call. Key transform, frames, 128 recent tokens and 4 sinks are on."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,25 +15,36 @@ from million_cache.config import PRESETS
 from million_ops import reference
 from tests.ops.layer_state import make_layer
 
-SHAPES = {  # KV heads, group, head_dim
-    "SmolLM2-135M: 3 x 3 x 64": (3, 3, 64),
-    "Llama-3-8B: 8 x 4 x 128": (8, 4, 128),
+SHAPES = {  # batch, KV heads, group, head_dim
+    "SmolLM2-135M: 1 x 3 x 3 x 64": (1, 3, 3, 64),
+    "Llama-3-8B: 1 x 8 x 4 x 128": (1, 8, 4, 128),
+    "Llama-3-8B: 8 x 8 x 4 x 128": (8, 8, 4, 128),
+    "Llama-2-7B: 8 x 32 x 1 x 128": (8, 32, 1, 128),
+    "Qwen-like: 8 x 4 x 8 x 128": (8, 4, 8, 128),
 }
-TOKENS = (1024, 8192, 32768, 131072)
-LONGEST_ON_CPU = 32768
+CONFIGS = {
+    "4bit": PRESETS["4bit"],
+    "4bit, frames of 256": replace(PRESETS["4bit"], frame_tokens=256),
+    "2bit": PRESETS["2bit"],
+    "2bit, frames of 2048": replace(PRESETS["2bit"], frame_tokens=2048),
+    "1bit": PRESETS["1bit"],
+}
+TOKENS = {"cpu": (1024, 8192, 32768), "cuda": (2048, 8192, 32768, 131072, 1 << 20)}
+LONGEST_BATCH = 32768
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float16",)}
 REFCHECK_ELEMENTS = 8192 * 8 * 128  # the reference holds several copies of the cache in fp32
 
 _baselines: dict = {}
 
 
 def sdpa(device, shape, tokens, dtype) -> dict[str, float]:
-    """Seconds of each way, measured once a session for all presets."""
+    """Seconds of each way, measured once a session for all configurations."""
     key = device, shape, tokens, dtype
     if key not in _baselines:
-        H, G, D = SHAPES[shape]
-        q = torch.randn(1, H * G, 1, D, device=device).to(dtype)
-        k, v = (torch.randn(1, H, tokens, D, device=device).to(dtype) for _ in range(2))
-        packed = q.view(1, H, G, D)
+        B, H, G, D = SHAPES[shape]
+        q = torch.randn(B, H * G, 1, D, device=device).to(dtype)
+        k, v = (torch.randn(B, H, tokens, D, device=device, dtype=dtype) for _ in range(2))
+        packed = q.view(B, H, G, D)
         ways = {
             "SDPA enable_gqa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
             "SDPA pack_gqa": lambda: F.scaled_dot_product_attention(packed, k, v),
@@ -44,32 +56,34 @@ def sdpa(device, shape, tokens, dtype) -> dict[str, float]:
         _baselines[key] = {}
         for name, way in ways.items():
             with sdpa_kernel(kernels[name]) if kernels[name] else nullcontext():
-                _baselines[key][name] = fastest(way, device, 0.3)
+                _baselines[key][name] = fastest(way, device, 0.3 if device == "cpu" else 0.1)
     return _baselines[key]
 
 
-@pytest.mark.parametrize("preset", ["4bit", "2bit", "1bit"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("shape", SHAPES)
-def bench_pq_attention(compare, refcheck, device, shape, tokens, dtype, preset):
-    if device == "cuda" and dtype is torch.float32:
-        pytest.skip("PyTorch's fast attention kernels are for 16 bit")
-    if device == "cpu" and tokens > LONGEST_ON_CPU:
-        pytest.skip("takes minutes on a CPU")
-    H, G, D = SHAPES[shape]
-    config = PRESETS[preset]
+@pytest.mark.parametrize("tokens", sorted({x for lengths in TOKENS.values() for x in lengths}))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("config", CONFIGS)
+def bench_pq_attention(compare, refcheck, device, shape, tokens, dtype, config):
+    B, H, G, D = SHAPES[shape]
+    if tokens not in TOKENS[device] or dtype not in DTYPES[device]:
+        pytest.skip("not measured on this device")
+    if B > 1 and (device == "cpu" or tokens > LONGEST_BATCH):
+        pytest.skip("takes too long or too much memory")
+    if "frames" in config and (device == "cpu" or (tokens, B) not in ((32768, 8), (1 << 20, 1))):
+        pytest.skip("frames are compared at two lengths")
+    pq, dtype = CONFIGS[config], getattr(torch, dtype)
     torch.manual_seed(0)
-    layer = make_layer(
-        heads=H, head_dim=D, k_dim=config.k_subspace_dim, v_dim=config.v_subspace_dim, past=tokens - 1, capacity=tokens,
-        recent=config.recent_tokens, sinks=config.sink_tokens, frame_tokens=config.frame_tokens, dtype=dtype,
-    )  # fmt: skip
-    args = layer.attention_args(*layer.new_tokens(1, G))
-    args = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in args)
-    if refcheck and tokens * H * D <= REFCHECK_ELEMENTS:
+    with torch.device(device):  # which decides the layouts
+        layer = make_layer(
+            batch=B, heads=H, head_dim=D, k_dim=pq.k_subspace_dim, v_dim=pq.v_subspace_dim, past=tokens - 1, capacity=tokens,
+            recent=pq.recent_tokens, sinks=pq.sink_tokens, frame_tokens=pq.frame_tokens, dtype=dtype,
+        )  # fmt: skip
+        args = layer.attention_args(*layer.new_tokens(1, G))
+    if refcheck and tokens * B * H * D <= REFCHECK_ELEMENTS:
         close = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(torch.ops.million_ops.pq_attention(*args), reference.pq_attention(*args), **close)
     compare(
         lambda: torch.ops.million_ops.pq_attention(*args), sdpa(device, shape, tokens, dtype),
-        case=preset, shape=shape, tokens=tokens, dtype=str(dtype).removeprefix("torch."),
+        case=config, shape=shape, tokens=tokens, dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Encoding, appending and decoding.
 
-Baselines: `pq_encode` against `torch.cdist` and `argmin`, one batch of all subspaces; `pq_append_` of one token against what
-a dense static cache does with it (``index_copy_`` of the key and the value); `pq_decode` against copying as many bytes as it
+Baselines: `pq_encode` against `torch.cdist` and `argmin`, one batch of all subspaces; `pq_append_` of one token and of a prefill
+against what a dense static cache does with it (``index_copy_`` of the keys and the values); `pq_decode` against copying as many bytes as it
 writes.
 """
 
@@ -41,21 +41,26 @@ def bench_pq_encode(compare, refcheck, device, shape, preset):
 
 
 @cases
-def bench_pq_append_one_token(compare, device, shape, preset):
+@pytest.mark.parametrize("tokens", [1, 32768])
+def bench_pq_append(compare, device, shape, preset, tokens):
+    if device == "cpu" and tokens > 1:
+        pytest.skip("takes seconds on a CPU")
     torch.manual_seed(0)
     (H, D), config = SHAPES[shape], PRESETS[preset]
-    layer = make_layer(
-        heads=H, head_dim=D, k_dim=config.k_subspace_dim, v_dim=config.v_subspace_dim, past=1000, capacity=1024,
-        recent=config.recent_tokens, sinks=config.sink_tokens, frame_tokens=config.frame_tokens,
-    )  # fmt: skip
-    _, k, v = layer.new_tokens(1)
-    args = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in layer.append_args(k, v))
-    keys, values = (torch.zeros(1, H, 1024, D, device=device) for _ in range(2))
-    k, v, position = k.to(device), v.to(device), torch.tensor([1000], device=device)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with torch.device(device):
+        layer = make_layer(
+            heads=H, head_dim=D, k_dim=config.k_subspace_dim, v_dim=config.v_subspace_dim, past=1000, capacity=1024 + tokens,
+            recent=config.recent_tokens, sinks=config.sink_tokens, frame_tokens=config.frame_tokens, dtype=dtype,
+        )  # fmt: skip
+        _, k, v = layer.new_tokens(tokens)
+        args = layer.append_args(k, v)
+        keys, values = (torch.zeros(1, H, 1024 + tokens, D, dtype=dtype) for _ in range(2))
+        position = 1000 + torch.arange(tokens)
     compare(
         lambda: ops.pq_append_(*args),
         {"index_copy_ of k and v": lambda: (keys.index_copy_(2, position, k), values.index_copy_(2, position, v))},
-        case=preset, shape=shape, op="pq_append_", dtype="float32",
+        case=f"{preset}, {tokens} tokens", shape=shape, op="pq_append_", dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip
 
 

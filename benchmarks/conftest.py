@@ -83,8 +83,11 @@ def machine() -> dict:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), model)
-    gpu = driver = None
+    gpu = driver = copies = None
     if torch.cuda.is_available():
+        here = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        there = torch.empty_like(here)
+        copies = round(2 * here.numel() / fastest(lambda: there.copy_(here), "cuda", 0.2) / 1e12, 2)
         gpu = torch.cuda.get_device_name()
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = (
@@ -94,6 +97,7 @@ def machine() -> dict:
         "cpu": model,
         "gpu": gpu,
         "driver": driver,
+        "copy_tb_per_s": copies,  # read and written
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -46,7 +46,8 @@ constexpr int64_t code_offset(int64_t layout, int64_t slot, int64_t m, int64_t S
   if (layout == kPlain) return slot * S + m;
   const int64_t tile = slot / 64 * 64 * S;
   if (layout == kRows64) return tile + m * 64 + slot % 64;
-  return tile + (layout == kMmaK ? mma_k_byte(int(slot % 64), int(m), int(S)) : mma_v_byte(int(slot % 64), int(m), int(S)));
+  return tile +
+         (layout == kMmaK ? mma_k_byte(int(slot % 64), int(m), int(S)) : mma_v_byte(int(slot % 64), int(m), int(S)));
 }
 
 }  // namespace million

@@ -55,7 +55,8 @@ __global__ void prepare_kernel(const Attention a) {
 #pragma unroll 32
     for (int j = 0; j < D; j++) sum = fmaf(rotated[j], inverse[j * D], sum);
   }
-  static_cast<float*>(a.prepared)[((int64_t(blockIdx.y) * a.frames + f) * a.rows + row) * D + c] = sum * a.scale * kLog2e;
+  static_cast<float*>(a.prepared)[((int64_t(blockIdx.y) * a.frames + f) * a.rows + row) * D + c] =
+      sum * a.scale * kLog2e;
 }
 
 // ---- attention ----

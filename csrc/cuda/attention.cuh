@@ -78,16 +78,14 @@ struct RowBlock {
   __device__ int64_t head() const { return int64_t(b) * layer.H + h; }
 
   // Channels of row r's query, as the model gave them.
-  __device__ const char* query_row(int r) const {
-    return a.q.at(b, h * a.G + (row0 + r) % a.G, query(r));
-  }
+  __device__ const char* query_row(int r) const { return a.q.at(b, h * a.G + (row0 + r) % a.G, query(r)); }
 
   // Writes row r's channel c of the result. `total` is the softmax denominator of the scores relative to `top` (log2).
   __device__ void store_result(int r, int c, float numerator, float total, float top) const {
     const int head = h * a.G + (row0 + r) % a.G, heads = int(layer.H) * a.G;
     // A query that sees nothing (left padding) gets zeros and an LSE of -inf, never NaN.
-    store(a.out, ((int64_t(b) * layer.n + query(r)) * heads + head) * layer.D + c, total == 0.f ? 0.f : numerator / total,
-          layer.dtype);
+    store(a.out, ((int64_t(b) * layer.n + query(r)) * heads + head) * layer.D + c,
+          total == 0.f ? 0.f : numerator / total, layer.dtype);
     if (a.lse && c == 0)
       a.lse[(int64_t(b) * heads + head) * layer.n + query(r)] =
           total == 0.f ? -INFINITY : (top + log2f(total)) / kLog2e;
@@ -133,8 +131,8 @@ struct Running {
   }
 };
 
-// Attention over one warp's share of sinks, ring and new tokens. `warp` of `warps`: among all warps of all splits of the
-// rows; `pair(j)`: the lane's j-th pair of channels. Several tokens are loaded at once, to wait for memory once.
+// Attention over one warp's share of sinks, ring and new tokens. `warp` of `warps`: among all warps of all splits of
+// the rows; `pair(j)`: the lane's j-th pair of channels. Several tokens are loaded at once, to wait for memory once.
 template <int Rows, int Pairs, class PairOf>
 __device__ __forceinline__ void exact_tokens(const RowBlock& block, Running<Rows, Pairs>& state, const PairOf& pair,
                                              int warp, int warps) {
@@ -172,14 +170,17 @@ __device__ __forceinline__ void exact_tokens(const RowBlock& block, Running<Rows
       const bool is_sink = i < N, is_new = i >= N + ring_tokens;
       const int slot = is_sink ? start + i : is_new ? first + i - N - ring_tokens : oldest + i - N;
       // Not there; not stored yet; already read as a sink.
-      const bool skip = i >= tokens || slot < start || slot < 0 || (is_sink ? slot >= first : !is_new && slot < start + N);
+      const bool skip =
+          i >= tokens || slot < start || slot < 0 || (is_sink ? slot >= first : !is_new && slot < start + N);
       slots[u] = skip ? -1 : slot;
       always[u] = is_sink || is_new;
       if (skip) continue;
       const int64_t row = is_sink ? head * N + i : head * R + (is_new ? 0 : slot % R);
       const int64_t bytes = row * D * size_of(layer.dtype), token = slot - first;
-      const char* k = is_new ? layer.k_new.at(block.b, block.h, token) : (is_sink ? layer.k_sinks : layer.k_ring) + bytes;
-      const char* v = is_new ? layer.v_new.at(block.b, block.h, token) : (is_sink ? layer.v_sinks : layer.v_ring) + bytes;
+      const char* k =
+          is_new ? layer.k_new.at(block.b, block.h, token) : (is_sink ? layer.k_sinks : layer.k_ring) + bytes;
+      const char* v =
+          is_new ? layer.v_new.at(block.b, block.h, token) : (is_sink ? layer.v_sinks : layer.v_ring) + bytes;
 #pragma unroll
       for (int j = 0; j < Pairs; j++)
         if (2 * pair(j) < D) {
@@ -199,8 +200,8 @@ __device__ __forceinline__ void exact_tokens(const RowBlock& block, Running<Rows
 #pragma unroll
       for (int r = 0; r < Rows; r++) {
         // `oldest` holds for every row; how far the ring reaches back depends on the row.
-        const bool seen = slots[u] <= position[r] && (always[u] || slots[u] > position[r] - R) &&
-                          !block.masked(r, slots[u]);
+        const bool seen =
+            slots[u] <= position[r] && (always[u] || slots[u] > position[r] - R) && !block.masked(r, slots[u]);
         s[r] = warp_sum(s[r]);
         s[r] = seen ? s[r] : -INFINITY;
       }

@@ -22,19 +22,20 @@ __device__ __forceinline__ void split(float x, float y, uint32_t& rounded, uint3
   rounded = *reinterpret_cast<const uint32_t*>(parts[0]), rest = *reinterpret_cast<const uint32_t*>(parts[1]);
 }
 
-// Prepares the queries of 4 query rows: q_f = T^-T R(-t_f) q, divided by a power of two so that fp16 neither overflows nor
-// loses small queries. A product with T^-1 on tensor cores, both factors as sums of two fp16 numbers; a warp makes 16
-// channels. blockIdx: `frames` frames, (row, KV head), tile of 4 query rows; threads: 2 D.
+// Prepares the queries of 4 query rows: q_f = T^-T R(-t_f) q, divided by a power of two so that fp16 neither overflows
+// nor loses small queries. A product with T^-1 on tensor cores, both factors as sums of two fp16 numbers; a warp makes
+// 16 channels. blockIdx: `frames` frames, (row, KV head), tile of 4 query rows; threads: 2 D.
 template <int D>
 __global__ void __launch_bounds__(2 * D) prepare_kernel(const __grid_constant__ Attention a, int frames) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
   constexpr int kThreads = 2 * D, kSteps = D / 16;
-  __shared__ __half x[2][kPrepared][D + 8];  // rotated queries, rounded, and what that lost; rows begin on different banks
-  __shared__ float raw[4][D];                // q / power of two
-  __shared__ float2 turn[kFrames][D / 2];    // cosine and sine
-  __shared__ int most[4];                    // bits of the largest |q| of a row
+  __shared__ __half
+      x[2][kPrepared][D + 8];  // rotated queries, rounded, and what that lost; rows begin on different banks
+  __shared__ float raw[4][D];  // q / power of two
+  __shared__ float2 turn[kFrames][D / 2];  // cosine and sine
+  __shared__ int most[4];                  // bits of the largest |q| of a row
   const Layer& layer = a.layer;
   const RowBlock block(a, blockIdx.y, blockIdx.z * 4, 4);
   const int begin = blockIdx.x * frames, end = min(begin + frames, a.frames);
@@ -44,14 +45,15 @@ __global__ void __launch_bounds__(2 * D) prepare_kernel(const __grid_constant__ 
 
   // The warp's 16 output channels of T^-1, as B operands: loads of all of it at once.
   float inverse[kSteps][2][4];
-    if (layer.transform) {
+  if (layer.transform) {
     const float* from = layer.transform + (int64_t(block.h) * D + 2 * c) * D + 16 * warp + n;
 #pragma unroll
     for (int step = 0; step < kSteps; step++)
 #pragma unroll
       for (int j = 0; j < 2; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) inverse[step][j][i] = __ldg(from + (16 * step + (i & 1) + 8 * (i >> 1)) * D + 8 * j);
+        for (int i = 0; i < 4; i++)
+          inverse[step][j][i] = __ldg(from + (16 * step + (i & 1) + 8 * (i >> 1)) * D + 8 * j);
   }
   if (thread < 4) most[thread] = 0;
   for (int i = thread; i < 4 * D; i += kThreads)
@@ -102,10 +104,11 @@ __global__ void __launch_bounds__(2 * D) prepare_kernel(const __grid_constant__ 
         for (int part = 0; part < 2; part++)
 #pragma unroll
           for (int i = 0; i < 4; i++)
-            left[part][i] = *reinterpret_cast<const uint32_t*>(&x[part][n + (i & 1) * 8][16 * step + 2 * c + (i >> 1) * 8]);
+            left[part][i] =
+                *reinterpret_cast<const uint32_t*>(&x[part][n + (i & 1) * 8][16 * step + 2 * c + (i >> 1) * 8]);
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-          const float(&t)[4] = inverse[step][j];
+          const float (&t)[4] = inverse[step][j];
           uint32_t right[2][2];
           split(t[0], t[1], right[0][0], right[1][0]), split(t[2], t[3], right[0][1], right[1][1]);
           mma::mma_dense(y[j], left[1], right[0][0], right[0][1]);
@@ -142,7 +145,8 @@ cudaError_t prepare(const Attention& a, cudaStream_t stream) {
   // A block loads T^-1, for as many frames as leave enough blocks to fill the GPU.
   const int64_t tiles = int64_t(a.frames + kFrames - 1) / kFrames * a.layer.B * a.layer.H * row_tiles;
   const int frames = kFrames * int(std::clamp<int64_t>(tiles / 256, 1, 16));
-  prepare_kernel<D><<<dim3((a.frames + frames - 1) / frames, a.layer.B * a.layer.H, row_tiles), 2 * D, 0, stream>>>(a, frames);
+  prepare_kernel<D>
+      <<<dim3((a.frames + frames - 1) / frames, a.layer.B * a.layer.H, row_tiles), 2 * D, 0, stream>>>(a, frames);
   return cudaGetLastError();
 }
 

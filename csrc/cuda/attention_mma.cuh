@@ -3,21 +3,24 @@
 //   out[b,i,h,:] = sum_s p_s v_s,  p = softmax_s(scale q . k_s),  as in attention.cu
 //
 // Every centroid that a token needs is looked up once, in shared memory, straight into the B operand of an mma
-// instruction; nothing is decoded to memory first. With mma.m16n8k16, lane l = 4 n + c holds, of column n, the depths of
-// its c. A lookup is free of bank conflicts if its lanes (those that shared memory serves together: 32 of 4 bytes, 16 of
-// 8, 8 of 16) ask for entries that lie on different banks, and a table row (one code's entries) lies across the banks by
-// subspace. So lanes that would ask for one subspace of different tokens take turns: their steps are rotated, and the
-// rotation is undone in the A operand, whose 16 rows are 4 query rows x 4 rotations.
+// instruction; nothing is decoded to memory first. With mma.m16n8k16, lane l = 4 n + c holds, of column n, the depths
+// of its c. A lookup is free of bank conflicts if its lanes (those that shared memory serves together: 32 of 4 bytes,
+// 16 of 8, 8 of 16) ask for entries that lie on different banks, and a table row (one code's entries) lies across the
+// banks by subspace. So lanes that would ask for one subspace of different tokens take turns: their steps are rotated,
+// and the rotation is undone in the A operand, whose 16 rows are 4 query rows x 4 rotations.
 //
-//   Scores.  Columns are tokens, depths are channels. At step s lane (n, c) looks up subspace 4 (s ^ rot) + c of token n,
-//            rot = (n & 3) ^ 2 half for two groups of eight tokens (half = 0, 1). Row (query row, r) of A holds the query
-//            with its steps rotated by r, so column n of the result is right in the row whose r equals rot. Over the two
-//            halves every lane ends up with exactly one right score of the 16 tokens for each of its query rows.
-//   Values.  Columns are subspaces, depths are tokens. At step i lane (n, c) looks up subspace w n + (i ^ c) of its four
+//   Scores.  Columns are tokens, depths are channels. At step s lane (n, c) looks up subspace 4 (s ^ rot) + c of token
+//   n,
+//            rot = (n & 3) ^ 2 half for two groups of eight tokens (half = 0, 1). Row (query row, r) of A holds the
+//            query with its steps rotated by r, so column n of the result is right in the row whose r equals rot. Over
+//            the two halves every lane ends up with exactly one right score of the 16 tokens for each of its query
+//            rows.
+//   Values.  Columns are subspaces, depths are tokens. At step i lane (n, c) looks up subspace w n + (i ^ c) of its
+//   four
 //            tokens; row (query row, r) of A holds the probabilities of the tokens of c = r only. Two PRMTs transpose a
-//            pair of lookups into (token, next token) of each channel. With one or two query rows there is a shorter way:
-//            depths are pairs (channel 0, channel 1) of one token, and the rows that are free hold (0, p) for the second
-//            channel beside (p, 0) for the first, so that a lookup is an operand as it comes.
+//            pair of lookups into (token, next token) of each channel. With one or two query rows there is a shorter
+//            way: depths are pairs (channel 0, channel 1) of one token, and the rows that are free hold (0, p) for the
+//            second channel beside (p, 0) for the first, so that a lookup is an operand as it comes.
 //
 // Steps rotate in groups of w = 4, then 2, then 1 (`rotation_width`); where w leaves lanes on the same banks, a table
 // holds its entries several times (replicas).
@@ -29,8 +32,8 @@
 //
 // A block is one split of the tokens of one row b, KV head and tile of query rows. Its warps come in pairs, one for the
 // scores and one for the values of the same tiles of 64 tokens; probabilities go through two slots of shared memory.
-// Exact tokens (sinks, ring, new) go the same way, 16 at a time, with loads in place of lookups, while the tables are on
-// their way.
+// Exact tokens (sinks, ring, new) go the same way, 16 at a time, with loads in place of lookups, while the tables are
+// on their way.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -46,7 +49,7 @@ namespace mma {
 constexpr int kSharedBase = 1024;  // where dynamic shared memory begins: the driver keeps the first KiB (checked)
 constexpr int kPage = 1 << 16, kRow = 256;
 constexpr int kTile = 64;
-constexpr int kAhead = 2;  // tiles from the one at hand to the one that is brought to the L2 cache
+constexpr int kAhead = 2;          // tiles from the one at hand to the one that is brought to the L2 cache
 constexpr float kLowest = -1e30f;  // below any score, and finite
 
 template <class F, int... I>
@@ -106,8 +109,8 @@ struct KeyTable {
   }
 };
 
-// Values. A group holds subspaces 8 first .. 8 (first + width) - 1 in lines of 128 bytes, one line for the values of n that
-// are served together; a line holds its entries `replicas` times.
+// Values. A group holds subspaces 8 first .. 8 (first + width) - 1 in lines of 128 bytes, one line for the values of n
+// that are served together; a line holds its entries `replicas` times.
 template <int D, int d>
 struct ValueTable {
   static constexpr int kSteps = D / d / 8;
@@ -123,7 +126,8 @@ struct ValueTable {
   static constexpr int kPages = (kRowBytes + kRow - 1) / kRow;
 
   static __device__ uint32_t lane_place(int width, int x, int n, int c) {
-    const int at = n / kTogether * 128 + (c / width) * run(width) + (n % kTogether * width + (x ^ (c & (width - 1)))) * 2 * d;
+    const int at =
+        n / kTogether * 128 + (c / width) * run(width) + (n % kTogether * width + (x ^ (c & (width - 1)))) * 2 * d;
     return at / kRow * kPage + at % kRow;
   }
   static __device__ int source(int at) {
@@ -151,8 +155,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return r;
 }
 
-// Reads of tables are no `volatile`: the compiler may interleave them. What keeps them behind the barrier that fills the
-// tables is that lane places pass through `opaque` after it.
+// Reads of tables are no `volatile`: the compiler may interleave them. What keeps them behind the barrier that fills
+// the tables is that lane places pass through `opaque` after it.
 template <int Imm, int Words>
 __device__ __forceinline__ void lookup(uint32_t address, uint32_t (&out)[Words]) {
   if constexpr (Words == 1)
@@ -223,7 +227,9 @@ struct Shape {
   static constexpr int kTiles = Rows > 4 ? 2 : 1;    // A operands of 4 query rows
   static constexpr int kHalves = Rows == 2 ? 1 : 2;  // query rows of a lane in a tile: rh, and rh + 2
   static constexpr int kLaneRows = kTiles * kHalves;
-  static constexpr int kPairs = Rows == 8 ? 4 : Rows == 4 ? 6 : 8;  // of warps: one spilled register costs more than a pair brings
+  static constexpr int kPairs = Rows == 8   ? 4
+                                : Rows == 4 ? 6
+                                            : 8;  // of warps: one spilled register costs more than a pair brings
   static constexpr int kThreads = kPairs * 2 * kWarp;
   using K = KeyTable<D, KD>;
   using V = ValueTable<D, VD>;
@@ -261,7 +267,8 @@ struct Scratch {
 // chunks, and ask for more as soon as a chunk is done with.
 struct Unit {
   int words, per_tile;
-  constexpr Unit(int tile_words) : words(tile_words % 8 ? tile_words : tile_words / 2), per_tile(tile_words % 8 ? 1 : 2) {}
+  constexpr Unit(int tile_words)
+      : words(tile_words % 8 ? tile_words : tile_words / 2), per_tile(tile_words % 8 ? 1 : 2) {}
 };
 
 // A lane's places in its table, for each width of rotation.
@@ -274,7 +281,9 @@ struct Places {
     two[0] = opaque(Table::lane_place(2, 0, n, c)), two[1] = opaque(Table::lane_place(2, 1, n, c));
     one = opaque(Table::lane_place(1, 0, n, c));
   }
-  __device__ __forceinline__ uint32_t at(int width, int x) const { return width == 4 ? four[x & 3] : width == 2 ? two[x & 1] : one; }
+  __device__ __forceinline__ uint32_t at(int width, int x) const {
+    return width == 4 ? four[x & 3] : width == 2 ? two[x & 1] : one;
+  }
 };
 
 __device__ __forceinline__ uint32_t to_half2(uint32_t x, DType dtype) {
@@ -283,8 +292,8 @@ __device__ __forceinline__ uint32_t to_half2(uint32_t x, DType dtype) {
   return reinterpret_cast<const uint32_t&>(y);
 }
 
-// Channels of an exact token as the tables' entries are, fp16; zero where `live` is not set. It loads all the same, so that
-// a warp's loads do not wait for each other.
+// Channels of an exact token as the tables' entries are, fp16; zero where `live` is not set. It loads all the same, so
+// that a warp's loads do not wait for each other.
 template <int Words>
 __device__ __forceinline__ void load_exact(const char* at, bool live, DType dtype, uint32_t (&out)[Words]) {
 #pragma unroll
@@ -389,7 +398,8 @@ struct Block : RowBlock {
     const int tile0 = seen.begin / kTile, all = max((seen.end + kTile - 1) / kTile - tile0, 0);
     const int begin = int(int64_t(all) * blockIdx.x / a.splits), end = int(int64_t(all) * (blockIdx.x + 1) / a.splits);
     // Pairs with exact tokens get fewer tiles: the first `more` pairs have a group more than the others.
-    const int tiles = end - begin, mine = max(groups() - int(blockIdx.x) + a.splits - 1, 0) / a.splits, more = mine % S::kPairs;
+    const int tiles = end - begin, mine = max(groups() - int(blockIdx.x) + a.splits - 1, 0) / a.splits,
+              more = mine % S::kPairs;
     const int few = max((tiles + kGroupTiles * mine) / S::kPairs - kGroupTiles * (mine / S::kPairs + 1), 0);
     const auto bound = [&](int p) {
       const int rest = tiles - more * few;
@@ -415,11 +425,13 @@ struct Block : RowBlock {
     const bool is_sink = i < e.sinks, is_new = i >= e.sinks + e.ring;
     const int slot = is_sink ? e.start + i : is_new ? e.first + i - e.sinks - e.ring : e.oldest + i - e.sinks;
     // Not stored yet; already read as a sink.
-    if (i >= e.tokens || slot < e.start || slot < 0 || (is_sink ? slot >= e.first : !is_new && slot < e.start + e.sinks))
+    if (i >= e.tokens || slot < e.start || slot < 0 ||
+        (is_sink ? slot >= e.first : !is_new && slot < e.start + e.sinks))
       return {-1, false, layer.k_new.at(b, h, 0), layer.v_new.at(b, h, 0)};  // some token that is there
     if (is_new) return {slot, false, layer.k_new.at(b, h, slot - e.first), layer.v_new.at(b, h, slot - e.first)};
     const int64_t at = (is_sink ? head() * e.sinks + i : head() * layer.R + slot % int(layer.R)) * (S::D * 2);
-    return {slot, !is_sink, (is_sink ? layer.k_sinks : layer.k_ring) + at, (is_sink ? layer.v_sinks : layer.v_ring) + at};
+    return {slot, !is_sink, (is_sink ? layer.k_sinks : layer.k_ring) + at,
+            (is_sink ? layer.v_sinks : layer.v_ring) + at};
   }
   // The ring's oldest slot holds for every row; how far the ring reaches back depends on the row.
   __device__ bool sees(int r, const Token& t) const {
@@ -446,7 +458,8 @@ struct Block : RowBlock {
     words[4 * chunk] = x.x, words[4 * chunk + 1] = x.y, words[4 * chunk + 2] = x.z, words[4 * chunk + 3] = x.w;
   }
 
-  // Replaces the chunks that batch `Batch` of the unit's was the last to need. `next`: the unit after this, null for none.
+  // Replaces the chunks that batch `Batch` of the unit's was the last to need. `next`: the unit after this, null for
+  // none.
   template <bool Keys, int Batch>
   static __device__ __forceinline__ void refill(Words& words, const uint8_t* next) {
     constexpr Unit unit = Keys ? kKeyUnit : kValueUnit;
@@ -456,7 +469,8 @@ struct Block : RowBlock {
       for (int i = Batch * kChunks / kBatches; i < (Batch + 1) * kChunks / kBatches; i++) fetch(words, i, next);
   }
 
-  // Brings a tile to the L2 cache, some tiles before its codes are loaded: registers need only cover the way from there.
+  // Brings a tile to the L2 cache, some tiles before its codes are loaded: registers need only cover the way from
+  // there.
   static __device__ __forceinline__ void prefetch(const uint8_t* tile, int bytes, int lane) {
     if (lane * 128 < bytes) asm volatile("prefetch.global.L2 [%0];" ::"l"(tile + lane * 112));
   }
@@ -472,7 +486,8 @@ struct Block : RowBlock {
     const int tiles = (a.rows + 3) / 4;
 #pragma unroll
     for (int rr = 0; rr < S::kLaneRows; rr++)
-      magnitude[rr] = __ldcg(a.magnitudes + (head() * tiles + row0 / 4) * 4 + min(lane_row(rr), 4 * (tiles - row0 / 4) - 1));
+      magnitude[rr] =
+          __ldcg(a.magnitudes + (head() * tiles + row0 / 4) * 4 + min(lane_row(rr), 4 * (tiles - row0 / 4) - 1));
   }
 
   // The lane's part of the A operands: of the query as the model gave it,
@@ -522,8 +537,8 @@ struct Block : RowBlock {
     }
   }
 
-  // Waits for the loads of a query here: else the first instruction of every tile that uses it might wait, and with it for
-  // the codes that are on their way.
+  // Waits for the loads of a query here: else the first instruction of every tile that uses it might wait, and with it
+  // for the codes that are on their way.
   static __device__ __forceinline__ void settle(Query& q) {
     const uint32_t zero = blockDim.x ^ S::kThreads;  // which the compiler does not know
 #pragma unroll
@@ -536,7 +551,8 @@ struct Block : RowBlock {
 
   // Adds the products of a query with what `look(step, half, out)` gives for every step of `Batches` x 2 halves.
   template <int Batches, class Look>
-  static __device__ __forceinline__ void multiply(const Query& q, float (&acc)[Batches][2][S::kTiles][4], const Look& look) {
+  static __device__ __forceinline__ void multiply(const Query& q, float (&acc)[Batches][2][S::kTiles][4],
+                                                  const Look& look) {
     constexpr int kOperands = S::D / 16, kPerLookup = S::KD == 8 ? 2 : 1;  // operands that a step's lookup fills
     static_for<kOperands / kPerLookup>([&](auto t_) {
       constexpr int t = decltype(t_)::value;
@@ -545,8 +561,10 @@ struct Block : RowBlock {
         uint32_t x[S::KD == 8 ? 4 : 2];
         if constexpr (S::KD == 2) {
           uint32_t low[1], high[1];
-          look(std::integral_constant<int, 2 * t>(), std::integral_constant<int, batch>(), std::integral_constant<int, half>(), low);
-          look(std::integral_constant<int, 2 * t + 1>(), std::integral_constant<int, batch>(), std::integral_constant<int, half>(), high);
+          look(std::integral_constant<int, 2 * t>(), std::integral_constant<int, batch>(),
+               std::integral_constant<int, half>(), low);
+          look(std::integral_constant<int, 2 * t + 1>(), std::integral_constant<int, batch>(),
+               std::integral_constant<int, half>(), high);
           x[0] = low[0], x[1] = high[0];
         } else {
           look(t_, std::integral_constant<int, batch>(), std::integral_constant<int, half>(), x);
@@ -643,8 +661,9 @@ struct Block : RowBlock {
   }
 
   // Scores of a tile from its codes.
-  __device__ __forceinline__ void coded_scores(int tile, bool more, const uint8_t* codes, Words& words, const Places<K>& places,
-                                               Frame& frame, Query& q, float (&s)[S::kLaneRows][4]) const {
+  __device__ __forceinline__ void coded_scores(int tile, bool more, const uint8_t* codes, Words& words,
+                                               const Places<K>& places, Frame& frame, Query& q,
+                                               float (&s)[S::kLaneRows][4]) const {
     const int slot0 = tile * kTile, slot = slot0 + 4 * (lane & 15);
     for (int from = slot0;; from = frame.border) {  // frames of this tile from slot `from` on: nearly always one
       if (from >= frame.border) {
@@ -662,7 +681,8 @@ struct Block : RowBlock {
           constexpr int first = 2 * decltype(both_)::value;
           float acc[2][2][S::kTiles][4] = {};
           multiply<2>(q, acc, [&](auto step_, auto batch_, auto half_, auto& out) {
-            constexpr int step = decltype(step_)::value, half = decltype(half_)::value, batch = first + decltype(batch_)::value;
+            constexpr int step = decltype(step_)::value, half = decltype(half_)::value,
+                          batch = first + decltype(batch_)::value;
             constexpr Group group = group_of(K::kSteps, step);
             constexpr int at = (2 * batch + half) * K::kSteps + step;
             constexpr int x = (step - group.first) ^ (2 * half & (group.width - 1)), offset = K::offset(step);
@@ -683,7 +703,8 @@ struct Block : RowBlock {
             float x[S::kLaneRows];
             pick(acc[batch], x);
 #pragma unroll
-            for (int rr = 0; rr < S::kLaneRows; rr++) s[rr][2 + batch] = token + batch >= from ? x[rr] : s[rr][2 + batch];
+            for (int rr = 0; rr < S::kLaneRows; rr++)
+              s[rr][2 + batch] = token + batch >= from ? x[rr] : s[rr][2 + batch];
           }
         });
       }
@@ -706,8 +727,8 @@ struct Block : RowBlock {
 
   // ---- values ----
 
-  // Accumulators of a step: for each pair of channels (sub) the first and the second, [0], [1] of lane row rh, [2], [3] of
-  // rh + 2. With two query rows, [0], [1] of the first channel and [2], [3] of the second.
+  // Accumulators of a step: for each pair of channels (sub) the first and the second, [0], [1] of lane row rh, [2], [3]
+  // of rh + 2. With two query rows, [0], [1] of the first channel and [2], [3] of the second.
   static constexpr int kSubs = S::VD / 2, kParities = S::Rows == 2 ? 1 : 2;
   using Outputs = float[S::kTiles][V::kSteps][kSubs][kParities][4];
 
@@ -717,8 +738,8 @@ struct Block : RowBlock {
     for (int i = 0; i < int(sizeof(Outputs) / sizeof(float)); i++) x[i] = 0.f;
   }
 
-  // Adds the values of a tile with the probabilities of the pair's slot; `look(step, batch, token, out)` gives those of a
-  // batch of the `Units` of a tile, and `done(batch, unit)` hears that a batch needs no more.
+  // Adds the values of a tile with the probabilities of the pair's slot; `look(step, batch, token, out)` gives those of
+  // a batch of the `Units` of a tile, and `done(batch, unit)` hears that a batch needs no more.
   template <int Units, class Look, class Done>
   __device__ __forceinline__ void accumulate(Outputs& o, int pair, int it, const Look& look, const Done& done) const {
     const int r = n & 3, rh = n >> 2;
@@ -734,7 +755,7 @@ struct Block : RowBlock {
           for (int sub = 0; sub < kSubs; sub++)
 #pragma unroll
             for (int e = 0; e < kParities; e++) {
-              float(&x)[4] = o[qt][i][sub][e];
+              float (&x)[4] = o[qt][i][sub][e];
               x[0] *= low, x[1] *= low, x[2] *= high, x[3] *= high;
             }
       }
@@ -742,43 +763,47 @@ struct Block : RowBlock {
     const bool live = c == r;
 #pragma unroll 1
     for (int unit = 0; unit < Units; unit++) {
-    static_for<4 / Units>([&](auto batch_) {
-      constexpr int batch = decltype(batch_)::value;
-      uint32_t p[S::kTiles][2][4];
+      static_for<4 / Units>([&](auto batch_) {
+        constexpr int batch = decltype(batch_)::value;
+        uint32_t p[S::kTiles][2][4];
 #pragma unroll
-      for (int qt = 0; qt < S::kTiles; qt++) {
-        const int tokens = 16 * (unit * (4 / Units) + batch) + 4 * r;
-        uint2 low = *reinterpret_cast<const uint2*>(&slot.p[4 * qt + rh][tokens]);
-        low.x = live ? low.x : 0u, low.y = live ? low.y : 0u;
-        if constexpr (S::Rows == 2) {
-          p[qt][0][0] = low.x & 0xffff, p[qt][0][1] = low.x << 16, p[qt][0][2] = low.x >> 16, p[qt][0][3] = low.x & 0xffff0000;
-          p[qt][1][0] = low.y & 0xffff, p[qt][1][1] = low.y << 16, p[qt][1][2] = low.y >> 16, p[qt][1][3] = low.y & 0xffff0000;
-        } else {
-          uint2 high = *reinterpret_cast<const uint2*>(&slot.p[4 * qt + rh + 2][tokens]);
-          high.x = live ? high.x : 0u, high.y = live ? high.y : 0u;
-          p[qt][0][0] = low.x, p[qt][0][1] = high.x, p[qt][0][2] = low.y, p[qt][0][3] = high.y;
-        }
-      }
-      static_for<V::kSteps>([&](auto step_) {
-        constexpr int step = decltype(step_)::value;
-        uint32_t v[4][kSubs];
-        static_for<4>([&](auto token_) { look(step_, batch_, unit, token_, v[decltype(token_)::value]); });
-#pragma unroll
-        for (int sub = 0; sub < kSubs; sub++) {
-#pragma unroll
-          for (int qt = 0; qt < S::kTiles; qt++) {
-            if constexpr (S::Rows == 2) {
-              mma_dense(o[qt][step][sub][0], p[qt][0], v[0][sub], v[1][sub]);
-              mma_dense(o[qt][step][sub][0], p[qt][1], v[2][sub], v[3][sub]);
-            } else {
-              mma_dense(o[qt][step][sub][0], p[qt][0], prmt(v[0][sub], v[1][sub], 0x5410), prmt(v[2][sub], v[3][sub], 0x5410));
-              mma_dense(o[qt][step][sub][1], p[qt][0], prmt(v[0][sub], v[1][sub], 0x7632), prmt(v[2][sub], v[3][sub], 0x7632));
-            }
+        for (int qt = 0; qt < S::kTiles; qt++) {
+          const int tokens = 16 * (unit * (4 / Units) + batch) + 4 * r;
+          uint2 low = *reinterpret_cast<const uint2*>(&slot.p[4 * qt + rh][tokens]);
+          low.x = live ? low.x : 0u, low.y = live ? low.y : 0u;
+          if constexpr (S::Rows == 2) {
+            p[qt][0][0] = low.x & 0xffff, p[qt][0][1] = low.x << 16, p[qt][0][2] = low.x >> 16,
+            p[qt][0][3] = low.x & 0xffff0000;
+            p[qt][1][0] = low.y & 0xffff, p[qt][1][1] = low.y << 16, p[qt][1][2] = low.y >> 16,
+            p[qt][1][3] = low.y & 0xffff0000;
+          } else {
+            uint2 high = *reinterpret_cast<const uint2*>(&slot.p[4 * qt + rh + 2][tokens]);
+            high.x = live ? high.x : 0u, high.y = live ? high.y : 0u;
+            p[qt][0][0] = low.x, p[qt][0][1] = high.x, p[qt][0][2] = low.y, p[qt][0][3] = high.y;
           }
         }
+        static_for<V::kSteps>([&](auto step_) {
+          constexpr int step = decltype(step_)::value;
+          uint32_t v[4][kSubs];
+          static_for<4>([&](auto token_) { look(step_, batch_, unit, token_, v[decltype(token_)::value]); });
+#pragma unroll
+          for (int sub = 0; sub < kSubs; sub++) {
+#pragma unroll
+            for (int qt = 0; qt < S::kTiles; qt++) {
+              if constexpr (S::Rows == 2) {
+                mma_dense(o[qt][step][sub][0], p[qt][0], v[0][sub], v[1][sub]);
+                mma_dense(o[qt][step][sub][0], p[qt][1], v[2][sub], v[3][sub]);
+              } else {
+                mma_dense(o[qt][step][sub][0], p[qt][0], prmt(v[0][sub], v[1][sub], 0x5410),
+                          prmt(v[2][sub], v[3][sub], 0x5410));
+                mma_dense(o[qt][step][sub][1], p[qt][0], prmt(v[0][sub], v[1][sub], 0x7632),
+                          prmt(v[2][sub], v[3][sub], 0x7632));
+              }
+            }
+          }
+        });
+        done(batch_, unit);
       });
-      done(batch_, unit);
-    });
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(&scratch.empty[pair][it & 1]);
@@ -808,8 +833,8 @@ struct Block : RowBlock {
         [](auto, int) {});
   }
 
-  __device__ __forceinline__ void coded_values(Outputs& o, int pair, int it, bool more, const uint8_t* codes, Words& words,
-                                               const Places<V>& places) const {
+  __device__ __forceinline__ void coded_values(Outputs& o, int pair, int it, bool more, const uint8_t* codes,
+                                               Words& words, const Places<V>& places) const {
     const uint8_t* next = more ? codes + kValueTile : nullptr;
     accumulate<kValueUnit.per_tile>(
         o, pair, it,
@@ -818,12 +843,12 @@ struct Block : RowBlock {
           constexpr Group group = group_of(V::kSteps, step);
           constexpr int offset = V::offset(step);
           lookup<kSharedBase + K::kPages * kPage + offset / kRow * kPage + offset % kRow>(
-              prmt(words[batch * V::kSteps + step], places.at(group.width, step - group.first),
-                   0x7604 | token << 4),
+              prmt(words[batch * V::kSteps + step], places.at(group.width, step - group.first), 0x7604 | token << 4),
               out);
         },
         [&](auto batch_, int unit) {
-          refill<false, decltype(batch_)::value>(words, unit + 1 < kValueUnit.per_tile ? codes + kValueUnit.words * 128 : next);
+          refill<false, decltype(batch_)::value>(
+              words, unit + 1 < kValueUnit.per_tile ? codes + kValueUnit.words * 128 : next);
         });
   }
 
@@ -842,7 +867,8 @@ struct Block : RowBlock {
             for (int e = 0; e < kParities; e++)
 #pragma unroll
               for (int j = 0; j < 4; j++) {
-                // Lane r holds subspace x of the group in step x ^ r: an exchange with lanes r ^ 2 and r ^ 1 leaves it x = r.
+                // Lane r holds subspace x of the group in step x ^ r: an exchange with lanes r ^ 2 and r ^ 1 leaves it
+                // x = r.
                 float x = o[qt][step][sub][e][j];
                 if constexpr (group.width == 4) {
                   float y = o[qt][step + 1][sub][e][j];
@@ -871,7 +897,8 @@ struct Block : RowBlock {
 
   // ---- merging ----
 
-  // Merges the pairs of this block: the result if there is one split, else its part of it. A thread takes pairs of channels.
+  // Merges the pairs of this block: the result if there is one split, else its part of it. A thread takes pairs of
+  // channels.
   __device__ void finish(const float* numerators) const {
     constexpr int kLine = S::kLine;
     for (int i = threadIdx.x; i < rows * kLine; i += S::kThreads) {
@@ -879,7 +906,8 @@ struct Block : RowBlock {
       Merged row;
 #pragma unroll
       for (int pair = 0; pair < S::kPairs; pair++)
-        row.add(scratch.ends[pair][r], *reinterpret_cast<const float2*>(&numerators[(pair * S::Rows + r) * S::D + 2 * line]));
+        row.add(scratch.ends[pair][r],
+                *reinterpret_cast<const float2*>(&numerators[(pair * S::Rows + r) * S::D + 2 * line]));
       if (a.splits == 1) {
         row.store(a, scratch.rows[r].out, scratch.rows[r].lse, line);
       } else {
@@ -898,7 +926,8 @@ struct Block : RowBlock {
     return {tokens, now, int(min((int64_t(now) + 1) * tokens, int64_t(kMaxSlot)))};
   }
 
-  // All that this kernel reads was there before the kernel that prepares the queries began, but for what that one writes.
+  // All that this kernel reads was there before the kernel that prepares the queries began, but for what that one
+  // writes.
   static __device__ void queries_are_there() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

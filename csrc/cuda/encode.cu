@@ -2,14 +2,15 @@
 //
 //   code[b,h,t,m] = argmin_c sum_j (x[b,h,t,m,j] - codebook[h,c,m,j])^2, fp32, the lowest index on ties
 //
-// Many tokens: a block takes kTokens tokens of one (row, KV head) of the keys or of the values. It brings them to shared
-// memory as fp32 (keys of an append rotated to their frame and transformed), then every thread compares one subspace of
-// kPerThread tokens with every centroid: neighbouring threads have neighbouring subspaces, so a centroid's load is
-// coalesced, and it serves kPerThread tokens. A first pass looks for the nearest block of kBlock centroids by |c|^2 - 2 x c,
-// which rounds; a second compares that block as defined, or all of them where another block is about as near.
+// Many tokens: a block takes kTokens tokens of one (row, KV head) of the keys or of the values. It brings them to
+// shared memory as fp32 (keys of an append rotated to their frame and transformed), then every thread compares one
+// subspace of kPerThread tokens with every centroid: neighbouring threads have neighbouring subspaces, so a centroid's
+// load is coalesced, and it serves kPerThread tokens. A first pass looks for the nearest block of kBlock centroids by
+// |c|^2 - 2 x c, which rounds; a second compares that block as defined, or all of them where another block is about as
+// near.
 //
-// Few tokens (decode), where every wait counts: a block takes 32 channels of one token, so that the rows of T it needs and
-// the centroids of its subspaces are each loaded at once.
+// Few tokens (decode), where every wait counts: a block takes 32 channels of one token, so that the rows of T it needs
+// and the centroids of its subspaces are each loaded at once.
 #include <algorithm>
 
 #include "../common/pq_layout.h"
@@ -269,8 +270,10 @@ __global__ void __launch_bounds__(kThreads) append_few_kernel(const Layer a) {
     const float value = load((keys ? a.k_new : a.v_new).at(b, h, t), thread, a.dtype);
     x[thread] = value;
     if (slot >= 0 && thread >= channel0 && thread < channel0 + channels) {
-      if (R > 0 && t >= int(a.n) - R) store(keys ? a.k_ring : a.v_ring, (head * R + slot % R) * D + thread, value, a.dtype);
-      if (rank >= 0 && rank < a.N) store(keys ? a.k_sinks : a.v_sinks, (head * a.N + rank) * D + thread, value, a.dtype);
+      if (R > 0 && t >= int(a.n) - R)
+        store(keys ? a.k_ring : a.v_ring, (head * R + slot % R) * D + thread, value, a.dtype);
+      if (rank >= 0 && rank < a.N)
+        store(keys ? a.k_sinks : a.v_sinks, (head * a.N + rank) * D + thread, value, a.dtype);
     }
   }
   __syncthreads();

@@ -140,7 +140,7 @@ def million_attention(module, query, key, value, attention_mask, dropout=0.0, sc
             k, v = key.new[:, :, new], value.new[:, :, new]
             rows = None if mask is None else mask[:, :, new]
             parts.append(layer.attend(query[:, :, new], k, v, rows, scale, offset=i))
-            layer.append(k, v, offset=i)
+            layer.append(k, v, offset=i, after=parts[-1])
         out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     layer.finish()
     return out, None

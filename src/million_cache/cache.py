@@ -120,11 +120,15 @@ class MillionLayer(StaticLayer):
     def _layer_state(self) -> tuple[Tensor, ...]:
         return (*self.codes, *self.ring, *self.sinks, *self.clock.tensors())
 
-    def append(self, k: Tensor, v: Tensor, offset: int = 0) -> None:
-        """Encode and store tokens k, v [B, H, n, D] behind the ``offset`` tokens of this forward that are stored already."""
+    def append(self, k: Tensor, v: Tensor, offset: int = 0, after: Tensor | None = None) -> None:
+        """Encode and store tokens k, v [B, H, n, D] behind the ``offset`` tokens of this forward that are stored already.
+
+        ``after``: their attention's result, if they have attended to this layer (see `million_ops.pq_append_`).
+        """
         b = self.books
         million_ops.pq_append_(
-            k, v, b.k_codebook, b.v_codebook, b.k_transform, b.inv_freq, *self._layer_state(), offset=offset, **self.geometry
+            k, v, b.k_codebook, b.v_codebook, b.k_transform, b.inv_freq, *self._layer_state(), offset=offset, after=after,
+            **self.geometry,
         )  # fmt: skip
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, offset: int = 0) -> Tensor:

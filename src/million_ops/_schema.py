@@ -30,7 +30,8 @@ SCHEMAS = {
     "pq_encode": "(Tensor x, Tensor codebook) -> Tensor",
     "pq_decode": "(Tensor codes, Tensor codebook, ScalarType dtype) -> Tensor",
     "pq_append_": (
-        f"(Tensor k, Tensor v, {_CODEBOOKS.format(transform='k_transform')}, {_STATE.format(**_WRITE)}, {_GEOMETRY}) -> ()"
+        f"(Tensor k, Tensor v, {_CODEBOOKS.format(transform='k_transform')}, {_STATE.format(**_WRITE)}, {_GEOMETRY}, "
+        "Tensor? after=None) -> ()"
     ),
     "pq_attention": (
         f"(Tensor q, Tensor k, Tensor v, {_CODEBOOKS.format(transform='k_transform_inv')}, {_STATE.format(**_READ)}, "
@@ -63,8 +64,8 @@ def _(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @_fake("pq_append_")
-def _(*args) -> None:
-    check_append(*args)
+def _(*args, after: Tensor | None = None) -> None:
+    check_append(*args[:20])
 
 
 @_fake("pq_attention")

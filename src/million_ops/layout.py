@@ -19,7 +19,11 @@ from torch import Tensor
 CENTROIDS = 256  # 8-bit codes
 SUBSPACE_DIMS = (2, 4, 8)  # channels that share a code (d_m): 4, 2 and 1 bit an element
 # Channels that share a code, of keys and of values, that the tensor core kernel is built for (csrc/cuda/attention_mma_*.cu).
-MMA_SHAPES = {64: ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8)), 96: ((2, 2), (4, 4)), 128: ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8))}
+MMA_SHAPES = {
+    64: ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8)),
+    96: ((2, 2), (4, 4)),
+    128: ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8)),
+}
 HEAD_DIMS = (64, 96, 128, 256)  # what the compiled kernels are tested for; the reference takes any multiple of d_m
 
 

@@ -71,16 +71,20 @@ def pq_append_(
     k_codes: Tensor, v_codes: Tensor, k_ring: Tensor, v_ring: Tensor, k_sinks: Tensor, v_sinks: Tensor,
     clock: Tensor, start: Tensor, origin: Tensor, *,
     offset: int = 0, frame_tokens: int = 0, rope_interleaved: bool = False, k_layout: int = 0, v_layout: int = 0,
+    after: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Encode n new tokens and write them, in place, to codes, ring and sinks.
 
     k, v [B, H, n, D] are the new tokens as the model's attention would use them (rotated keys). A token whose slot lies
     behind the buffers is dropped: the caller sees that in ``clock`` (`million_cache.MillionStaticCache.check`). A chunk
     longer than the ring leaves its last R tokens there. Other arguments: *Layer state*. The clock is only read.
+
+    ``after``: the result of the attention that reads the buffers as they were. Its values do not matter, but compilers then
+    know the order: without it they may move the append before the attention, and copy the buffers to make that right.
     """
     _ops.pq_append_(
         k, v, k_codebook, v_codebook, k_transform, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks, clock, start, origin,
-        offset, frame_tokens, rope_interleaved, k_layout, v_layout,
+        offset, frame_tokens, rope_interleaved, k_layout, v_layout, after,
     )  # fmt: skip
 
 

@@ -112,8 +112,9 @@ def _write_rows(buffer: Tensor, slots: Tensor, keep: Tensor, rows: Tensor) -> No
 
 
 def pq_append_(k, v, k_codebook, v_codebook, k_transform, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks, clock, start,
-               origin, offset, frame_tokens, rope_interleaved, k_layout, v_layout) -> None:  # fmt: skip
+               origin, offset, frame_tokens, rope_interleaved, k_layout, v_layout, after=None) -> None:  # fmt: skip
     """See `million_ops.pq_append_`."""
+    del after
     check_append(k, v, k_codebook, v_codebook, k_transform, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks, clock, start,
                  origin, offset, frame_tokens, rope_interleaved, k_layout, v_layout)  # fmt: skip
     B, H, n, _ = k.shape

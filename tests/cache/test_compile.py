@@ -107,11 +107,11 @@ def test_inductor_inserts_no_clone(model_and_books, ids):
         _, (code, *_) = run_and_get_code(lambda: compiled(ids[:, 12:13], past_key_values=cache))
     assert code.count("torch.ops.million_ops.pq_append_.default(") == model.config.num_hidden_layers
     assert code.count("torch.ops.million_ops.pq_attention.default(") == model.config.num_hidden_layers
-    layer = cache.layers[0]
-    for buffer in (*layer.codes, *layer.ring, *layer.sinks):
-        shape = re.escape(str(tuple(buffer.shape)))
-        allocated = [line for line in code.splitlines() if "= empty_strided" in line and re.search(shape, line)]
-        assert not allocated, allocated
+    # A clone would be a buffer of inductor's own, whatever its shape: the append must get the graph's inputs themselves.
+    for call in re.findall(r"torch\.ops\.million_ops\.pq_append_\.default\((.*)\)", code):
+        arguments = re.findall(r"(?:reinterpret_tensor\((?:[^()]|\([^()]*\))*\)|[^,])+", call)
+        assert all(re.fullmatch(r"\s*arg\d+_1", x) for x in arguments[6:12]), call  # k_codes .. v_sinks
+    assert "uint8" not in "".join(line for line in code.splitlines() if "= empty_strided" in line)
     assert want.isfinite().all()
 
 

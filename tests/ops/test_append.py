@@ -40,7 +40,13 @@ def assert_matches_reference(layer, n, offset=0):
     assert torch.equal(layer.clock, clock)
     # A code may differ where two centroids are equally near to rounding; everything else is equal bit for bit.
     for name in ("k_codes", "v_codes"):
-        written = k.shape[0] * k.shape[1] * n * plain.buffers[name].shape[3] / layout_by_id(layer.layouts[name == "v_codes"]).tile_tokens
+        written = (
+            k.shape[0]
+            * k.shape[1]
+            * n
+            * plain.buffers[name].shape[3]
+            / layout_by_id(layer.layouts[name == "v_codes"]).tile_tokens
+        )
         assert (layer.buffers[name] != plain.buffers[name]).sum() <= 1 + 1e-3 * written
         plain.buffers[name] = layer.buffers[name]
     assert_same_buffers(layer, plain)
@@ -151,7 +157,9 @@ def test_same_codes_for_any_padding_and_position(start, shift, interleaved):
     for s in range(tokens + start):
         keys[:, :, s] = oracle.turn(in_frame[:, :, s], s // F * F - start + shift, inv_freq, interleaved)
     ops.pq_append_(*layer.append_args(keys.float(), torch.randn(1, 2, tokens + start, 64)))
-    assert torch.equal(unpack(layer.buffers["k_codes"], layout_by_id(layer.layouts[0]), 32)[:, :, : tokens + start], codes)
+    assert torch.equal(
+        unpack(layer.buffers["k_codes"], layout_by_id(layer.layouts[0]), 32)[:, :, : tokens + start], codes
+    )
 
 
 def test_ring_and_sinks_keep_the_bits():

@@ -90,13 +90,17 @@ def test_across_borders(dtype, past):
 
 @pytest.mark.parametrize("group", [1, 8])
 def test_groups(group):
-    layer = make_layer(heads=2, head_dim=128, past=500, capacity=1024, recent=16, frame_tokens=128, dtype=torch.bfloat16)
+    layer = make_layer(
+        heads=2, head_dim=128, past=500, capacity=1024, recent=16, frame_tokens=128, dtype=torch.bfloat16
+    )
     run_both([Decoding(layer, group)], group, 40)
 
 
 def test_several_caches_on_several_streams():
     layers = [
-        make_layer(heads=2, head_dim=128, past=300 * (i + 1), capacity=2048, recent=16, frame_tokens=256, dtype=torch.float16)
+        make_layer(
+            heads=2, head_dim=128, past=300 * (i + 1), capacity=2048, recent=16, frame_tokens=256, dtype=torch.float16
+        )
         for i in range(3)
     ]
     run_both([Decoding(x, 4) for x in layers], 4, 60, streams=3)
