@@ -9,18 +9,16 @@
 // banks by subspace. So lanes that would ask for one subspace of different tokens take turns: their steps are rotated,
 // and the rotation is undone in the A operand, whose 16 rows are 4 query rows x 4 rotations.
 //
-//   Scores.  Columns are tokens, depths are channels. At step s lane (n, c) looks up subspace 4 (s ^ rot) + c of token
-//   n,
-//            rot = (n & 3) ^ 2 half for two groups of eight tokens (half = 0, 1). Row (query row, r) of A holds the
-//            query with its steps rotated by r, so column n of the result is right in the row whose r equals rot. Over
-//            the two halves every lane ends up with exactly one right score of the 16 tokens for each of its query
-//            rows.
-//   Values.  Columns are subspaces, depths are tokens. At step i lane (n, c) looks up subspace w n + (i ^ c) of its
-//   four
-//            tokens; row (query row, r) of A holds the probabilities of the tokens of c = r only. Two PRMTs transpose a
-//            pair of lookups into (token, next token) of each channel. With one or two query rows there is a shorter
-//            way: depths are pairs (channel 0, channel 1) of one token, and the rows that are free hold (0, p) for the
-//            second channel beside (p, 0) for the first, so that a lookup is an operand as it comes.
+// Scores. Columns are tokens, depths are channels. At step s lane (n, c) looks up subspace 4 (s ^ rot) + c of token n,
+// rot = (n & 3) ^ 2 half for two groups of eight tokens (half = 0, 1). Row (query row, r) of A holds the query with its
+// steps rotated by r, so column n of the result is right in the row whose r equals rot. Over the two halves every lane
+// ends up with exactly one right score of the 16 tokens for each of its query rows.
+//
+// Values. Columns are subspaces, depths are tokens. At step i lane (n, c) looks up subspace w n + (i ^ c) of its four
+// tokens; row (query row, r) of A holds the probabilities of the tokens of c = r only. Two PRMTs transpose a pair of
+// lookups into (token, next token) of each channel. With one or two query rows there is a shorter way: depths are pairs
+// (channel 0, channel 1) of one token, and the rows that are free hold (0, p) for the second channel beside (p, 0) for
+// the first, so that a lookup is an operand as it comes.
 //
 // Steps rotate in groups of w = 4, then 2, then 1 (`rotation_width`); where w leaves lanes on the same banks, a table
 // holds its entries several times (replicas).

@@ -492,9 +492,11 @@ def _check_max_cache_len(max_cache_len: int) -> None:
 
 
 def _warn_without_kernels(device: torch.device) -> None:
-    if not million_ops.has_kernels(device.type):
+    backends = million_ops.backends()
+    triton_runs = device.type == "cuda" and backends["triton"].startswith("available:")
+    if not million_ops.has_kernels(device.type) and not triton_runs:
         warnings.warn(
-            f"no compiled kernels for {device.type!r}: {million_ops.backends().get(device.type, 'unknown device')}. The PyTorch reference "
+            f"no compiled kernels for {device.type!r}: {backends.get(device.type, 'unknown device')}. The PyTorch reference "
             "runs: right, and slow",
             stacklevel=3,
         )
