@@ -344,7 +344,7 @@ def _attention_kernel(
         in_sinks = i < N
         in_ring = (i >= N) & (i < N + R)
         is_new = (i >= N + R) & (i < N + R + n)
-        slot = tl.where(in_sinks, begin + i, tl.where(in_ring, first - R + (i - N), first + (i - N - R)))
+        slot = tl.where(in_sinks, begin + i, first - R - N + i)
         cached = (slot >= 0) & (slot < held)
         in_sinks = in_sinks & cached
         window = in_ring
@@ -362,7 +362,8 @@ def _attention_kernel(
         in_ring = in_ring & seen
         is_new = is_new & seen
         sink_at = (bh * N + i) * D
-        ring_at = (bh * R + tl.where(in_ring, slot, 0) % tl.maximum(R, 1)) * D
+        # No tl.where here: where in_ring is False, nothing is read, and Triton 3.6 fails to compile such a one.
+        ring_at = (bh * R + slot % tl.maximum(R, 1)) * D
         new_i = (i - N - R).to(tl.int64)
         k_at, v_at = new_i * k_stride_n, new_i * v_stride_n
         even = _exact(

@@ -97,10 +97,12 @@ def triton_compile(*args, **kwargs):
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="decorated for the interpreter")
+@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "d", "rows"), [("fp32", 256, 2, 16), ("bf16", 64, 4, 64), ("fp16", 40, 8, 16)]
+    ("dtype", "head_dim", "d", "rows"),
+    [("fp32", 256, 2, 16), ("fp32", 32, 2, 16), ("bf16", 64, 4, 64), ("bf16", 128, 2, 32), ("fp16", 40, 8, 16)],
 )
-def test_attention_compiles_without_a_gpu(kernels, dtype, head_dim, d, rows):
+def test_attention_compiles_without_a_gpu(kernels, dtype, head_dim, d, rows, arch):
     """The interpreter accepts programs that the compiler refuses; the compiler needs no GPU."""
     compiler = pytest.importorskip("triton.backends.compiler")
     floats = dict.fromkeys(["q", "k", "v", "k_ring", "v_ring", "k_sinks", "v_sinks"], f"*{dtype}")
@@ -116,7 +118,7 @@ def test_attention_compiles_without_a_gpu(kernels, dtype, head_dim, d, rows):
     if d == 8:  # what Triton makes constants of at the launch
         constants |= dict.fromkeys(("n", "group", "H", "T", "R", "N", "F", "tiles_per_frame", "half", "row_blocks"), 1)
     options = dict(num_warps=8 if rows == 64 or head_dim > 128 else 4, num_stages=1, enable_fp_fusion=True)
-    target = compiler.GPUTarget("cuda", 80, 32)
+    target = compiler.GPUTarget("cuda", arch, 32)
     compiled = compile_kernel(kernels._attention_kernel, target, options, constants, **floats, **others)
     assert compiled.metadata.shared <= 64 << 10  # also of GPUs with little
 
