@@ -78,6 +78,134 @@ __device__ __forceinline__ void reduce_tokens(const Partial& partial, float (&ou
   }
 }
 
+// What a warp has summed up of its rows. `o` holds the lane's channels, `sum` the lane's tokens.
+template <int Rows, int Pairs>
+struct Running {
+  float top[Rows], sum[Rows];
+  float2 o[Rows][Pairs];
+
+  __device__ Running() {
+#pragma unroll
+    for (int r = 0; r < Rows; r++) {
+      top[r] = -INFINITY, sum[r] = 0.f;
+#pragma unroll
+      for (int j = 0; j < Pairs; j++) o[r][j] = {0.f, 0.f};
+    }
+  }
+
+  // Scores (log2) to probabilities relative to `top`, which is raised when a score leaves it far behind. `counts`:
+  // whether this lane adds its tokens to `sum`.
+  __device__ __forceinline__ void probabilities(float (&s)[Rows], bool counts = true) {
+    bool raise = false;
+#pragma unroll
+    for (int r = 0; r < Rows; r++) raise |= !(s[r] <= top[r] + kLazy);  // NaN too: it must reach the result
+    if (__any_sync(~0u, raise)) {
+#pragma unroll
+      for (int r = 0; r < Rows; r++) {
+        const float higher = fmaxf(top[r], warp_max(s[r]));
+        const float factor = higher == -INFINITY ? 1.f : exp2f(top[r] - higher);
+        top[r] = higher, sum[r] *= factor;
+#pragma unroll
+        for (int j = 0; j < Pairs; j++) o[r][j].x *= factor, o[r][j].y *= factor;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < Rows; r++) {
+      s[r] = s[r] == -INFINITY ? 0.f : exp2f(s[r] - top[r]);
+      sum[r] += counts ? s[r] : 0.f;
+    }
+  }
+};
+
+// Attention over one warp's share of sinks, ring and new tokens. `warp` of `warps`: among all warps of all splits of
+// the rows; `pair(j)`: the lane's j-th pair of channels. Several tokens are loaded at once, to wait for memory once.
+template <int Rows, int Pairs, class PairOf>
+__device__ __forceinline__ void exact_tokens(const RowBlock& block, Running<Rows, Pairs>& state, const PairOf& pair,
+                                             int warp, int warps) {
+  constexpr int kBatch = Pairs > 2 ? 2 : 4;
+  const Attention& a = block.a;
+  const Layer& layer = block.layer;
+  const int D = int(layer.D), N = int(layer.N), R = int(layer.R), start = layer.start[block.b];
+  const int64_t head = block.head();
+  // Slots fit 31 bits where they can hold a token; a clock far off must not wrap.
+  const int first = slot_index(block.first), oldest = slot_index(max(block.ring_begin(), int64_t(0)));
+  const int ring_tokens = max(min(first - oldest, R), 0), tokens = N + ring_tokens + int(layer.n);
+  if (warp >= tokens) return;
+  float2 q[Rows][Pairs];
+  int position[Rows];
+#pragma unroll
+  for (int r = 0; r < Rows; r++) {
+    position[r] = first + block.query(r);
+#pragma unroll
+    for (int j = 0; j < Pairs; j++) {
+      q[r][j] = {0.f, 0.f};
+      if (r < block.rows && 2 * pair(j) < D) {
+        const float factor = a.scale * kLog2e;
+        const float2 x = load_pair(block.query_row(r), pair(j), layer.dtype);
+        q[r][j] = {x.x * factor, x.y * factor};
+      }
+    }
+  }
+  for (int i0 = warp; i0 < tokens; i0 += warps * kBatch) {
+    float2 key[kBatch][Pairs], value[kBatch][Pairs];
+    int slots[kBatch];
+    bool always[kBatch];  // whether every later query reads the token exactly: a sink, or new
+#pragma unroll
+    for (int u = 0; u < kBatch; u++) {
+      const int i = i0 + u * warps;
+      const bool is_sink = i < N, is_new = i >= N + ring_tokens;
+      const int slot = is_sink ? start + i : is_new ? first + i - N - ring_tokens : oldest + i - N;
+      // Not there; not stored yet; already read as a sink.
+      const bool skip =
+          i >= tokens || slot < start || slot < 0 || (is_sink ? slot >= first : !is_new && slot < start + N);
+      slots[u] = skip ? -1 : slot;
+      always[u] = is_sink || is_new;
+      if (skip) continue;
+      const int64_t row = is_sink ? head * N + i : head * R + (is_new ? 0 : slot % R);
+      const int64_t bytes = row * D * size_of(layer.dtype), token = slot - first;
+      const char* k =
+          is_new ? layer.k_new.at(block.b, block.h, token) : (is_sink ? layer.k_sinks : layer.k_ring) + bytes;
+      const char* v =
+          is_new ? layer.v_new.at(block.b, block.h, token) : (is_sink ? layer.v_sinks : layer.v_ring) + bytes;
+#pragma unroll
+      for (int j = 0; j < Pairs; j++)
+        if (2 * pair(j) < D) {
+          key[u][j] = load_pair(k, pair(j), layer.dtype);
+          value[u][j] = load_pair(v, pair(j), layer.dtype);
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; u++) {
+      if (slots[u] < 0) continue;
+      float s[Rows] = {};
+#pragma unroll
+      for (int j = 0; j < Pairs; j++)
+        if (2 * pair(j) < D)
+#pragma unroll
+          for (int r = 0; r < Rows; r++) s[r] = fmaf(q[r][j].x, key[u][j].x, fmaf(q[r][j].y, key[u][j].y, s[r]));
+#pragma unroll
+      for (int r = 0; r < Rows; r++) {
+        // `oldest` holds for every row; how far the ring reaches back depends on the row.
+        const bool seen =
+            slots[u] <= position[r] && (always[u] || slots[u] > position[r] - R) && !block.masked(r, slots[u]);
+        s[r] = warp_sum(s[r]);
+        s[r] = seen ? s[r] : -INFINITY;
+      }
+      state.probabilities(s, threadIdx.x % kWarp == 0);  // all lanes hold the same token: one counts it
+#pragma unroll
+      for (int j = 0; j < Pairs; j++) {
+        if (2 * pair(j) >= D) continue;
+#pragma unroll
+        for (int r = 0; r < Rows; r++)
+          if (s[r] != 0.f) {  // a slot that nobody sees may hold NaN
+            state.o[r][j].x = fmaf(s[r], value[u][j].x, state.o[r][j].x);
+            state.o[r][j].y = fmaf(s[r], value[u][j].y, state.o[r][j].y);
+          }
+      }
+    }
+  }
+}
+
 template <int Row, int Rows, bool VShared>
 struct Block : RowBlock {
   static constexpr int kPairs = Row / 64;  // pairs of channels of a lane
