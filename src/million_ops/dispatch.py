@@ -7,9 +7,8 @@ import torch
 from million_ops._loader import has_kernels
 from million_ops.layout import LAYOUTS, Layout, mma_table_pages
 
-MMA_SCRATCH = (
-    35 << 10
-)  # shared memory that the tensor core kernel needs beside its tables (kScratch in attention_mma.cu)
+# Shared memory that the tensor core kernel needs beside its tables: kScratch in csrc/cuda/kernels.h.
+MMA_SCRATCH = 35 << 10
 
 
 def layouts_for(
