@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from million_cache.cache import KVHandle, MillionLayer
 from million_cache.models import check_supported, fingerprint
-from million_cache.state import ATTENTION, enabled_fingerprint, forget_enabled, record_enabled
+from million_cache.state import ATTENTION, Enabled, PaddingCheck, enabled, forget_enabled, record_enabled
 
 # Forwards of up to this many tokens on a non-empty cache take the decode path, where a chunk equals single steps whatever the
 # window. A longer one is a prefill: like a prefill into an empty cache it attends to all of its own tokens exactly.
@@ -36,7 +36,11 @@ def million_mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offse
     """Mask for `million_attention`: int32 ``(start, q_offset)`` [B, 1, 1, 2], None for plain causal, or a dense bool mask.
 
     Dense where a pair a row cannot say it: sliding or chunked layers, non-causal functions, dynamic caches, and masks with
-    holes (padding between turns). Raises ValueError when the 2-D mask is longer than the cache.
+    holes (padding between turns). Decode steps do not wait for the device: `PaddingCheck`.
+
+    Raises:
+        ValueError: the 2-D mask is longer than the cache.
+        RuntimeError: see `PaddingCheck.step`.
     """
     static = isinstance(q_offset, Tensor) or kv_length != q_offset + q_length
     if static and local_size is None and attention_mask is not None and attention_mask.shape[1] > kv_length:
@@ -59,12 +63,19 @@ def million_mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offse
     else:
         if torch.compiler.is_compiling():
             return dense()  # whether it has holes cannot be asked while tracing
-        valid = attention_mask.to(torch.int32)
-        length = valid.shape[1]
-        count = valid.sum(-1)
-        start = torch.where(count > 0, valid.argmax(-1), length).to(torch.int32)
-        if bool((start + count != length).any()):
+        valid = attention_mask.bool()
+        falls = valid[:, :-1] > valid[:, 1:]  # a masked token behind a valid one: a hole
+        # None: not the length of a MillionStaticCache, or moved to another device: nowhere to remember an answer.
+        padding: PaddingCheck | None = getattr(q_offset, "padding", None)
+        if padding is None:
+            holes = bool(falls.any())
+        elif q_length > 1:
+            holes = padding.know(bool(falls.any()))
+        else:
+            holes = padding.step(falls)
+        if holes:
             return dense()
+        start = valid.shape[1] - valid.sum(-1, dtype=torch.int32)
         if q_length > 1 and empty and not bool(start.any()):
             return None
     offset = torch.as_tensor(q_offset, dtype=torch.int32, device=device).expand(batch_size)
@@ -100,6 +111,7 @@ def million_attention(module, query, key, value, attention_mask, dropout=0.0, sc
 
     Raises:
         NotImplementedError: softcap, attention sinks, biases, attention weights, dropout: named in the message.
+        RuntimeError, ValueError: the cache is for another model than the one that attends, see `CacheState.check_model`.
     """
     if not isinstance(key, KVHandle):
         if attention_mask is not None and attention_mask.dtype == torch.int32:
@@ -117,6 +129,8 @@ def million_attention(module, query, key, value, attention_mask, dropout=0.0, sc
     if dropout:
         raise NotImplementedError(f"attention from codes is for inference: dropout must be 0, got {dropout}")
     layer, fresh, n = key.layer, key.fresh, query.shape[2]
+    if (config := getattr(module, "config", layer.state.config)) is not layer.state.config:
+        layer.state.check_model(config)
     is_pair = attention_mask is not None and attention_mask.dtype == torch.int32
     if attention_mask is not None and not is_pair:
         attention_mask = _bool_mask(attention_mask)
@@ -169,10 +183,11 @@ def enable(model: PreTrainedModel) -> None:
     """
     text = model.config.get_text_config(decoder=True)
     check_supported(text)
-    if enabled_fingerprint(text) is not None and text._attn_implementation == ATTENTION:
+    if enabled(text) is not None and text._attn_implementation == ATTENTION:
         return
     before = text._attn_implementation
-    record_enabled(text, fingerprint(model), "sdpa" if before == ATTENTION else before)
+    devices = frozenset(p.device for p in model.parameters())
+    record_enabled(text, Enabled(fingerprint(model), "sdpa" if before == ATTENTION else before, devices))
     model.set_attn_implementation(ATTENTION)
 
 

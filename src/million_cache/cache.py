@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from bisect import bisect_right
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from transformers.cache_utils import CacheLayerMixin, StaticCache, StaticLayer
 
 import million_ops
 from million_cache.codebook import Codebooks, LayerCodebooks
-from million_cache.config import PQConfig
+from million_cache.config import PRESETS, PQConfig
 from million_cache.models import (
     check_length,
     check_supported,
@@ -32,12 +34,15 @@ from million_cache.models import (
     head_dim,
     kv_heads,
 )
-from million_cache.state import ATTENTION, CacheState, enabled_fingerprint, refuse_other_model
+from million_cache.state import ATTENTION, CacheState, enabled, refuse_other_model
 
 CROP_KEEPS = tuple(map(int, transformers.__version__.split(".")[:2])) < (
     5,
     17,
 )  # there crop(n > 0) means "keep n tokens"
+
+
+LENGTH_STEP = 64  # lengths that messages suggest are multiples of it
 
 
 class KVHandle:
@@ -171,7 +176,7 @@ class MillionLayer(StaticLayer):
                 f"model now runs {state.config._attn_implementation!r}: reset() the cache before enable(model) or disable(model)"
             )
         if million:
-            state.check_model()
+            state.check_model(state.config)
             return KVHandle(self, key_states, fresh), KVHandle(self, value_states, fresh)
         result = self._update_dequantised(key_states, value_states, fresh)
         self.finish()
@@ -231,6 +236,7 @@ class MillionLayer(StaticLayer):
         if self.is_initialized and self.begins:
             self.clock.reset()
         self.state.empty, self.state.feeding = True, None
+        self.state.padding.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` tokens (transformers before 5.17: a positive value is how many to keep)."""
@@ -243,6 +249,7 @@ class MillionLayer(StaticLayer):
         if drop > past:
             raise ValueError(f"the cache holds {past} tokens, {drop} cannot be dropped")
         self.clock.crop(drop)
+        self.state.padding.reset()
         self.state.fed, self.state.feeding = past - drop, None
         if drop == past:
             self.state.empty = True
@@ -296,6 +303,8 @@ class MillionStaticCache(StaticCache):
     Raises:
         ValueError: codebooks of another model, an impossible length.
         NotImplementedError: a model whose attention cannot be computed from codes (MLA, softcap, attention sinks, ...).
+        torch.cuda.OutOfMemoryError: it does not fit the GPU; says what would, and nothing was allocated. Without
+            ``batch_size`` the first forward asks that, unless the model is spread over several devices.
     """
 
     def __init__(
@@ -319,8 +328,8 @@ class MillionStaticCache(StaticCache):
         if model is not None:
             refuse_other_model(codebooks, fingerprint(model))
             state.fingerprint_seen = True
-        elif enabled_fingerprint(text) is not None:
-            state.check_model()
+        elif enabled(text) is not None:
+            state.check_model(text)
         quantised = full_attention_layers(text)
         if sorted(codebooks.layers) != quantised:
             raise ValueError(
@@ -341,7 +350,42 @@ class MillionStaticCache(StaticCache):
                 device,
             )
 
+    def early_initialization(
+        self, batch_size: int, num_heads: int | list[int], head_dim: int | list[int], dtype: torch.dtype, device: torch.device
+    ) -> None:  # fmt: skip
+        """Allocate every layer on one device. Raises as the constructor."""
+        self._check_memory(batch_size, dtype, torch.device(device))
+        super().early_initialization(batch_size, num_heads, head_dim, dtype, device)
+
     # -- bytes ---------------------------------------------------------------------------------------------------------
+
+    def _check_memory(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Raise torch.cuda.OutOfMemoryError if the whole cache does not fit the device. To be called before anything is allocated."""
+        available = free_bytes(device)
+        if available is None:
+            return
+        state, length = self.state, self.layers[max(self.state.codebooks.layers)].max_cache_len
+
+        def need(pq: PQConfig, max_cache_len: int) -> int:
+            pq = replace(pq, recent_tokens=state.recent_tokens, sink_tokens=state.sink_tokens)
+            return self.required_bytes(state.config, pq, max_cache_len, batch_size, dtype, device.type)
+
+        own = state.codebooks.config
+        needed = need(own, length)
+        if needed <= available:
+            return
+        fits = bisect_right(range(1, length), available, key=lambda n: need(own, n))
+        fits -= fits % LENGTH_STEP
+        ways = [f"max_cache_len {fits} with these codebooks"] if fits else []
+        sizes = {name: need(pq, length) for name, pq in PRESETS.items() if pq.bits_per_element < own.bits_per_element}
+        ways += [
+            f"{length} tokens with codebooks of preset {name} ({gb(x)})" for name, x in sizes.items() if x <= available
+        ]
+        raise torch.cuda.OutOfMemoryError(
+            f"the cache needs {gb(needed)} on {device} for {batch_size} x {length} tokens at {own.bits_per_element:g} bits, and "
+            f"{gb(available)} are free; nothing was allocated. "
+            + (f"These fit: {'; '.join(ways)}." if ways else "No shorter length and no preset fits.")
+        )
 
     @classmethod
     def required_bytes(
@@ -406,10 +450,19 @@ class MillionStaticCache(StaticCache):
         return 8 * self.cache_bytes / elements if elements else 0.0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """See `MillionLayer.update`. In the model's first layer, before any has written: ValueError for more tokens than fit or
-        another batch size, RuntimeError after a forward that died where sliding-window layers cannot take its tokens back."""
+        """See `MillionLayer.update`. In the model's first layer, before any has written: ValueError for more tokens than fit,
+        another batch size, dtype or device, torch.cuda.OutOfMemoryError if the cache is not allocated and does not fit, RuntimeError
+        after a forward that died where sliding-window layers cannot take its tokens back."""
         if layer_idx == 0 and not torch.compiler.is_compiling():
             quantised = self.layers[min(self.state.codebooks.layers)]
+            first = self.layers[0]
+            if first.is_initialized and (key_states.dtype, key_states.device) != (first.dtype, first.device):
+                raise ValueError(
+                    f"the cache holds {first.dtype} on {first.device}, got {key_states.dtype} on {key_states.device}; nothing was written: give "
+                    "MillionStaticCache the model's device= and dtype="
+                )
+            if not first.is_initialized and not self._is_spread():
+                self._check_memory(key_states.shape[0], key_states.dtype, key_states.device)
             if quantised.is_initialized and key_states.shape[0] != quantised.batch_size:
                 raise ValueError(
                     f"the cache was made for batch size {quantised.batch_size}, got {key_states.shape[0]}; nothing was written"
@@ -417,10 +470,17 @@ class MillionStaticCache(StaticCache):
             self.state.announce(key_states.shape[2], quantised.max_cache_len)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def _is_spread(self) -> bool:
+        """Whether the model is known to lie on several devices, so that layers will be allocated on more than the first one's."""
+        record = enabled(self.state.config)
+        return record is not None and len(record.devices) > 1
+
     # -- life ----------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise RuntimeError if a compiled step ran past ``max_cache_len``: tokens were dropped and its text is wrong. Waits for the device."""
+        """Wait for the device and raise RuntimeError if text is wrong: a compiled step ran past ``max_cache_len`` and dropped tokens, or
+        the mask of the last decode step changed under tokens that were cached (`PaddingCheck`)."""
+        self.state.padding.arrived()
         for clock in self.state.clocks:
             past = int(clock.time[0])
             length = self.layers[max(self.state.codebooks.layers)].max_cache_len
@@ -435,7 +495,10 @@ class MillionStaticCache(StaticCache):
         if not torch.compiler.is_compiling() and all(c.time.device.type == "cpu" for c in self.state.clocks):
             self.check()
         first = min(self.state.codebooks.layers)
-        return super().get_seq_length(first if layer_idx == 0 else layer_idx)
+        length = super().get_seq_length(first if layer_idx == 0 else layer_idx)
+        if isinstance(length, Tensor) and not torch.compiler.is_compiling():
+            length.padding = self.state.padding  # for `million_mask`, which is given this tensor and no cache
+        return length
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` tokens of every row. Raises as `check`, and ValueError if there are fewer."""
@@ -471,6 +534,22 @@ class MillionStaticCache(StaticCache):
             if layer.is_initialized:
                 layer.mark_static() if isinstance(layer, MillionLayer) else _mark_static(layer)
         return twin
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that tensors can still take on a GPU: what the driver has free and what PyTorch's allocator holds unused. None elsewhere.
+
+    Unused memory in PyTorch's hands can be in pieces too small for a buffer, so less may fit, never more.
+    """
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def gb(count: int) -> str:
+    """Bytes as text, in units of 10^9."""
+    return f"{count / 1e9:.2f} GB"
 
 
 def _mark_static(layer: StaticLayer) -> None:

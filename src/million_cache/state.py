@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,19 +14,35 @@ from million_cache.models import Fingerprint
 
 ATTENTION = "million"  # the name under which the attention function is registered with transformers
 
-# Which models are enabled: id of the text config -> (the config, weakly; the model's fingerprint; its attention before).
-# Keyed by the config because that is all a cache is given, and kept outside of it because configs are saved to disk.
-_enabled: dict[int, tuple[weakref.ref, Fingerprint, str]] = {}
+
+@dataclass(frozen=True)
+class Enabled:
+    """What `enable` recorded of a model.
+
+    Attributes:
+        fingerprint: which model it is.
+        previous_attention: its attention implementation before.
+        devices: of its parameters.
+    """
+
+    fingerprint: Fingerprint
+    previous_attention: str
+    devices: frozenset[torch.device]
 
 
-def record_enabled(config: PreTrainedConfig, seen: Fingerprint, previous_attention: str) -> None:
+# Which models are enabled: id of the text config -> (the config, weakly; what was recorded). Keyed by the config because
+# that is all a cache is given, and kept outside of it because configs are saved to disk.
+_enabled: dict[int, tuple[weakref.ref, Enabled]] = {}
+
+
+def record_enabled(config: PreTrainedConfig, record: Enabled) -> None:
     """Remember that the model of this text config was enabled."""
     key = id(config)
-    _enabled[key] = (weakref.ref(config, lambda _: _enabled.pop(key, None)), seen, previous_attention)
+    _enabled[key] = (weakref.ref(config, lambda _: _enabled.pop(key, None)), record)
 
 
-def enabled_fingerprint(config: PreTrainedConfig) -> Fingerprint | None:
-    """Fingerprint of the enabled model that has this text config, None if it is not enabled."""
+def enabled(config: PreTrainedConfig) -> Enabled | None:
+    """What was recorded of the enabled model that has this text config, None if it is not enabled."""
     entry = _enabled.get(id(config))
     return None if entry is None else entry[1]
 
@@ -33,7 +50,7 @@ def enabled_fingerprint(config: PreTrainedConfig) -> Fingerprint | None:
 def forget_enabled(config: PreTrainedConfig) -> str | None:
     """Undo `record_enabled`; returns the attention implementation of before, None if the model was not enabled."""
     entry = _enabled.pop(id(config), None)
-    return None if entry is None else entry[2]
+    return None if entry is None else entry[1].previous_attention
 
 
 class Clock:
@@ -92,6 +109,69 @@ class Clock:
         self.origin.fill_(self.first_position)
 
 
+class PaddingCheck:
+    """Whether the 2-D mask of decode steps has holes (masked tokens after a row's first valid one), without waiting for the device.
+
+    Which mask attention needs depends on that, so the host must know; but asking the device stalls every step. A decode
+    step's mask is the one before it and a column for its own token, and whether that column is masked shows in no result of
+    its own step: the query always sees itself. So a step may use the answer about the mask before it, which was copied
+    while that step ran. A mask that changed in older columns makes that answer wrong: it raises one step late, or in
+    `MillionStaticCache.check`.
+    """
+
+    def __init__(self) -> None:
+        self.holes: bool | None = None  # of the newest mask whose answer has arrived; None: nothing is known
+        self._answer: Tensor | None = None  # [2] bool on the host: holes before the last column, a hole in it
+        self._copied: torch.cuda.Event | None = None
+        self._pending = False
+
+    def know(self, holes: bool) -> bool:
+        """The host has asked about a mask and waited. Returns ``holes``."""
+        self.holes, self._pending = holes, False
+        return holes
+
+    def step(self, falls: Tensor) -> bool:
+        """Whether the mask of a decode step has holes that its query must not see.
+
+        falls: bool [B, length - 1] on the device, True where the next column is masked and the column itself is not.
+        Raises RuntimeError if the mask of the step before had changed in columns that were there already.
+        """
+        if self.holes is None:
+            return self.know(bool(falls.any()))
+        self.arrived()
+        if self._answer is None:
+            on_gpu = falls.device.type == "cuda"
+            self._answer = torch.empty(2, dtype=torch.bool, pin_memory=on_gpu)
+            self._copied = torch.cuda.Event() if on_gpu else None
+        self._answer[0].copy_(falls[:, :-1].any(), non_blocking=True)
+        self._answer[1].copy_(falls[:, -1:].any(), non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(falls.device))
+        self._pending = True
+        return self.holes
+
+    def arrived(self) -> None:
+        """Take in the answer about the last step's mask, which was copied before that step's forward began. Raises as `step`."""
+        if not self._pending:
+            return
+        if self._copied is not None:
+            self._copied.synchronize()
+        used, self._pending = self.holes, False
+        older, newest = self._answer.tolist()
+        self.holes = older or newest
+        if older and not used:
+            raise RuntimeError(
+                "the attention mask of the last decode step hides tokens that the mask before it did not: that step still saw them and "
+                "its result is wrong; give the mask with the first forward that it applies to, of more than one token, or reset() the cache"
+            )
+
+    def reset(self) -> None:
+        self.holes, self._pending = None, False
+
+    def __deepcopy__(self, memo: dict) -> PaddingCheck:
+        return PaddingCheck()  # an event cannot be copied; the twin asks anew
+
+
 class CacheState:
     """What the layers of one cache share: configuration, clocks, and the Python flags that flip at most once a prompt."""
 
@@ -107,7 +187,9 @@ class CacheState:
         self.rolls_back = True  # whether a forward that dies leaves no trace: not with layers that keep their own count
         self.million = False  # whether the tokens it holds came through the million attention function
         self.fingerprint_seen = False
+        self.twin: Enabled | None = None  # a copy of the model, with a config of its own, that was found to be the same
         self.warned_dequantising = False
+        self.padding = PaddingCheck()
 
     def clock(self, batch_size: int, device: torch.device) -> tuple[Clock, bool]:
         """The device's clock, and whether the caller is the first to ask for it (then it begins every forward)."""
@@ -144,18 +226,28 @@ class CacheState:
             )
         self.feeding = n
 
-    def check_model(self) -> None:
-        """Refuse codebooks of another model, as far as `enable` recorded which model this is."""
-        if self.fingerprint_seen:
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Refuse codebooks of another model than the one with this text config, as far as `enable` recorded which it is.
+
+        Raises:
+            RuntimeError: the model was not enabled.
+            ValueError: the codebooks were calibrated for another model.
+        """
+        own = config is self.config
+        if own and self.fingerprint_seen:
             return
-        seen = enabled_fingerprint(self.config)
-        if seen is None:
+        record = enabled(config)
+        if record is None:
             raise RuntimeError(
                 f"the attention implementation is {ATTENTION!r} but this model was not enabled: call million_cache.enable(model) "
                 "before the first forward, it checks that codebooks belong to the model"
             )
-        refuse_other_model(self.codebooks, seen)
-        self.fingerprint_seen = True
+        if record is not self.twin:
+            refuse_other_model(self.codebooks, record.fingerprint)
+        if own:
+            self.fingerprint_seen = True
+        else:
+            self.twin = record
 
 
 def refuse_other_model(codebooks: Codebooks, seen: Fingerprint) -> None:
