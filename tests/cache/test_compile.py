@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+from torch._inductor.cudagraph_trees import get_manager
 from torch._inductor.utils import run_and_get_code
+from transformers import CompileConfig
 
 from million_cache import MillionStaticCache, PQConfig, disable, enable
 from tests.cache.lossless import RecordingCache, lossless_codebooks
@@ -117,8 +120,6 @@ def test_inductor_inserts_no_clone(model_and_books, ids):
 
 def test_generate_compiles_by_itself(model_and_books, ids):
     """generate's own compilation (forced on the CPU) gives eager's tokens, padded and unpadded, without a new graph."""
-    from transformers import CompileConfig
-
     model, books = model_and_books
     graphs = []
 
@@ -169,27 +170,83 @@ def test_cuda_graphs(model_and_books, ids):
     assert counters["inductor"]["cudagraph_skips"] == 0
 
 
-def test_generate_uses_cuda_graphs(model_and_books, ids):
-    """What `generate` does by itself on a GPU: compiles with CUDA graphs, for a second prompt, cache and padded batch without a new graph."""
+# What users may ask `generate` to compile with; None is its own choice, mode="reduce-overhead" with breaks allowed.
+CONFIGS = {
+    "automatic": None,
+    "fullgraph": {"mode": "reduce-overhead", "fullgraph": True},
+    "max-autotune": {"mode": "max-autotune", "fullgraph": True},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_generate_uses_cuda_graphs(model_and_books, ids, config):
+    """On a GPU `generate` compiles one decode graph and replays it: over frame, ring and tile borders, for a second prompt, a second cache
+    object, a padded batch and a cache that was reset. A recompilation raises; no graph break, no step outside CUDA graphs."""
     model, books = model_and_books
     if ids.device.type != "cuda":
         pytest.skip("needs a GPU")
     counters.clear()
     arguments = {"max_new_tokens": 16, "do_sample": False}
+    compiled = {} if CONFIGS[config] is None else {"compile_config": CompileConfig(**CONFIGS[config])}
+    mask = torch.ones_like(ids[:, :12])
+    padded = mask.clone()
+    padded[1, :5] = 0
+    reused = new_cache(model, books)
+    runs = [
+        (0, mask, reused),
+        (3, mask, new_cache(model, books)),
+        (0, padded, new_cache(model, books)),
+        (5, padded, reused),
+    ]
+    # Products by cuBLAS alone: what autotuning would choose for them is not ours, and takes minutes.
+    with torch._dynamo.config.patch(error_on_recompile=True), inductor.patch(max_autotune_gemm_backends="ATEN"):
+        for start, attention_mask, cache in runs:
+            prompt = ids[:, start : start + 12]
+            eager = new_cache(model, books)
+            want = model.generate(
+                prompt, attention_mask=attention_mask, past_key_values=eager, disable_compile=True, **arguments
+            )
+            cache.reset()
+            got = model.generate(prompt, attention_mask=attention_mask, past_key_values=cache, **compiled, **arguments)
+            assert torch.equal(want, got)
+        reused.reset()
+        long = model.generate(
+            prompt,
+            attention_mask=padded,
+            past_key_values=reused,
+            **compiled,
+            **arguments | {"max_new_tokens": MAX_LEN - 12},
+        )
+        assert torch.equal(long[:, : got.shape[1]], got) and long.shape[1] == MAX_LEN
+    reused.check()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    manager = get_manager(ids.device.index or 0, create_if_none_exists=False)
+    assert any(manager.roots.values()), "no CUDA graph was recorded"
+
+
+def test_a_compiled_model_generates(model_and_books, ids):
+    """`model.compile()` by the user: generate runs a graph for the prefill and one for every decode step, padded or not."""
+    model, books = model_and_books
+    arguments = {"max_new_tokens": 20, "do_sample": False, "disable_compile": True}
     mask = torch.ones_like(ids[:, :12])
     mask[1, :5] = 0
-    for start, attention_mask in ((0, torch.ones_like(mask)), (3, torch.ones_like(mask)), (0, mask)):
+
+    def generate(start, attention_mask, cache):
         prompt = ids[:, start : start + 12]
-        want = model.generate(
-            prompt,
-            attention_mask=attention_mask,
-            past_key_values=new_cache(model, books),
-            disable_compile=True,
-            **arguments,
-        )
-        got = model.generate(
-            prompt, attention_mask=attention_mask, past_key_values=new_cache(model, books), **arguments
-        )
-        assert torch.equal(want, got)
-    assert counters["stats"]["unique_graphs"] == 1
-    assert counters["inductor"]["cudagraph_skips"] == 0
+        return model.generate(prompt, attention_mask=attention_mask, past_key_values=cache, **arguments)
+
+    runs = [(0, mask), (3, mask), (1, mask)]
+    want = [generate(*run, new_cache(model, books)) for run in runs]
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile(backend=counter, fullgraph=True)
+    try:
+        got = [generate(*run, new_cache(model, books)) for run in runs]
+        assert counter.frame_count == 2
+        got.append(generate(0, torch.ones_like(mask), new_cache(model, books)))
+        assert counter.frame_count == 3  # a prefill without padding has no mask; decode has the same graph
+    finally:
+        model._compiled_call_impl = None
+    want.append(generate(0, torch.ones_like(mask), new_cache(model, books)))
+    assert all(torch.equal(x, y) for x, y in zip(want, got, strict=True))
