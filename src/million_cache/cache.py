@@ -410,20 +410,26 @@ class MillionStaticCache(StaticCache):
                 total += 2 * B * H * D * layer.max_cache_len * dtype.itemsize + 8
         return total
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of every tensor that holds tokens: codes, rings, sinks, clocks, and dense layers. 0 before allocation."""
-        total = sum(_bytes(x) for clock in self.state.clocks for x in clock.tensors())
-        for layer in self.layers:
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Every tensor that holds tokens, by name: codes, rings, sinks, clocks, and dense layers. Empty before allocation."""
+        named = {}
+        for i, clock in enumerate(self.state.clocks):
+            named |= {f"clock{i}_{name}": x for name, x in zip(("time", "start", "origin"), clock.tensors())}
+        for i, layer in enumerate(self.layers):
             if not layer.is_initialized:
                 continue
-            own = (
-                layer.buffers()
-                if isinstance(layer, MillionLayer)
-                else (layer.keys, layer.values, layer.cumulative_length)
-            )
-            total += sum(_bytes(x) for x in own)
-        return total
+            if isinstance(layer, MillionLayer):
+                names = (f"{kv}_{what}" for what in ("codes", "ring", "sinks") for kv in "kv")
+                own = dict(zip(names, layer.buffers()))
+            else:
+                own = {"keys": layer.keys, "values": layer.values, "length": layer.cumulative_length}
+            named |= {f"layer{i}_{name}": x for name, x in own.items()}
+        return named
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of `named_tensors`."""
+        return sum(_bytes(x) for x in self.named_tensors().values())
 
     @property
     def codebook_bytes(self) -> int:
