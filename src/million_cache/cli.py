@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-out = Console()
+console = Console()
 err = Console(stderr=True)
 settings = {"debug": False}
 
@@ -95,7 +95,7 @@ def demo(
     with mistakes():
         from million_cache.demo import run_demo
 
-        run_demo(out, preset.value, max_new_tokens, prompt, text)
+        run_demo(console, preset.value, max_new_tokens, prompt, text)
 
 
 @app.command()
@@ -217,7 +217,58 @@ def evaluate(
         if json_out:
             with atomic_path(json_out) as partial:
                 partial.write_text(json.dumps(result, indent=2) + os.linesep, encoding="utf-8")
-        out.print(result_table(result))
+        console.print(result_table(result))
+
+
+@app.command()
+def tasks(
+    model: Model,
+    codebooks: Annotated[list[Path], typer.Option(help="Directory that `million calibrate` wrote (again for more).")],
+    out: Annotated[Path, typer.Option(help="Write OUT.json and OUT.md.")],
+    task: Annotated[
+        list[str] | None, typer.Option(help="needle, multikey, lookup, variables (again for more). Default: all.")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=256, help="Tokens of haystack (again for more). Default: 512, 1024, 2048.")
+    ] = None,
+    depth: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0, max=1, help="Of the needle, 0 is the start (again for more). Default: 0, 0.25, 0.5, 0.75, 1."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Haystacks a task and length, and depth for `needle`.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Of the haystacks and what is hidden in them.")] = 0,
+    text: Annotated[Path | None, typer.Option(help="What to hide things in. Default: the text in the package.")] = None,
+    recent: Recent = None,
+    sinks: Sinks = None,
+    device: Device = "cpu",
+    dtype: ModelDtype = None,
+) -> None:
+    """Long-context tasks: needles in a haystack, key-value lookup, variable tracking, beside the dense cache."""
+    with mistakes():
+        from million_cache.programs import evaluate_tasks, tasks_table
+
+        if not out.parent.is_dir():
+            raise ValueError(f"cannot write {out}: there is no directory {out.parent}")
+        books = _named_codebooks(codebooks)
+        loaded, tokenizer = _load(model, device, dtype)
+        given = {"tasks": task, "lengths": length, "depths": depth}
+        result = evaluate_tasks(
+            loaded,
+            tokenizer,
+            model,
+            books,
+            _text(text, "evaluation"),
+            out,
+            samples=samples,
+            seed=seed,
+            recent_tokens=recent,
+            sink_tokens=sinks,
+            **{name: value for name, value in given.items() if value},
+        )
+        console.print(tasks_table(result))
+        err.print(f"Wrote {out}.json and .md.")
 
 
 @app.command()
@@ -249,13 +300,10 @@ def compare(
         from million_cache.peers import PEERS
         from million_cache.peers.compare import WINDOWS
         from million_cache.peers.compare import compare as run_comparison
-        from million_cache.programs import load_codebooks
 
         if not out.parent.is_dir():
             raise ValueError(f"cannot write {out}: there is no directory {out.parent}")
-        books = [
-            (f"million {path.name.removeprefix('codebooks-')}", load_codebooks(str(path))) for path in codebooks or ()
-        ]
+        books = [(f"million {name}", x) for name, x in _named_codebooks(codebooks or ()).items()]
         loaded, tokenizer = _load(model, device, dtype)
         run_comparison(
             loaded,
@@ -286,10 +334,17 @@ def inspect(
         from million_cache.programs import load_codebooks
 
         books = load_codebooks(str(codebooks))
-        out.print(report.layer_table(books) if layer is None else report.subspace_table(books, layer))
+        console.print(report.layer_table(books) if layer is None else report.subspace_table(books, layer))
         if plot:
             report.plot(books, plot)
             err.print(f"Wrote {plot}.")
+
+
+def _named_codebooks(paths: Iterable[Path]) -> dict[str, Any]:
+    """Codebooks by their directory's name, without its `codebooks-`."""
+    from million_cache.programs import load_codebooks
+
+    return {path.name.removeprefix("codebooks-"): load_codebooks(str(path)) for path in paths}
 
 
 def _text(path: Path | None, shipped: str) -> tuple[str, str]:

@@ -1,15 +1,21 @@
-"""What the commands do once their arguments are read: calibrate a text, generate, evaluate, each with its progress shown."""
+"""What the commands do once their arguments are read: calibrate a text, generate, evaluate text and tasks, each with its progress shown."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import json
+import os
+import platform
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,7 +27,8 @@ from million_cache.calibration import calibrate
 from million_cache.codebook import Codebooks
 from million_cache.config import PQConfig
 from million_cache.evaluate import evaluate, tensor_bytes, with_window
-from million_cache.loading import UserError, contexts, hub_reachable
+from million_cache.loading import UserError, atomic_path, contexts, hub_reachable
+from million_cache.tasks import TASKS, make_examples, run_tasks, summary
 
 
 def load_codebooks(source: str) -> Codebooks:
@@ -219,18 +226,14 @@ def evaluate_text(
         UserError: the text is too short.
     """
     parts = contexts(tokenizer, text, context, count, source)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,} tokens"), TimeElapsedColumn(),
-        TimeRemainingColumn(), console=Console(stderr=True), transient=True,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("Evaluating", total=parts.numel())
-        result = evaluate(model, codebooks, parts, progress=lambda done: bar.advance(task, done), **options)
+    with progress_bar("Evaluating", parts.numel(), "tokens") as advance:
+        result = evaluate(model, codebooks, parts, progress=advance, **options)
     return {
         **result,
         "text": source,
         "text_sha256": _sha256(text),
         "calibration": codebooks.provenance,
-        "versions": {**result["versions"], "million": importlib.metadata.version("million")},
+        "versions": versions(),
     }
 
 
@@ -253,6 +256,161 @@ def result_table(result: dict[str, Any]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+# ----------------------------------------------------------------------------------------------------- long-context tasks
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    codebooks: dict[str, Codebooks],
+    text: tuple[str, str],
+    out: Path,
+    *,
+    tasks: Sequence[str] = tuple(TASKS),
+    lengths: Sequence[int] = (512, 1024, 2048),
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    samples: int = 2,
+    seed: int = 0,
+    recent_tokens: int | None = None,
+    sink_tokens: int | None = None,
+) -> dict[str, Any]:
+    """`run_tasks` on fresh examples, with a progress bar; writes ``out`` with the suffixes json and md.
+
+    Args:
+        name: of the model.
+        codebooks: by name.
+        text: name and content of what the facts are hidden in.
+        tasks, lengths, depths, samples, seed: see `make_examples`; each task at each length.
+
+    Returns:
+        What the JSON file holds: the settings, ``summary`` by task and length, ``needle`` by length and depth, and ``rows``.
+
+    Raises:
+        UserError: an unknown task, or impossible lengths, depths or windows.
+    """
+    try:
+        examples = [
+            example
+            for task in tasks
+            for length in lengths
+            for example in make_examples(tokenizer, text[1], task, length, depths=depths, samples=samples, seed=seed)
+        ]
+        with progress_bar("Answering", len(examples), "examples") as advance:
+            rows = run_tasks(
+                model, examples, codebooks, recent_tokens=recent_tokens, sink_tokens=sink_tokens, progress=lambda: advance(1)
+            )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    tables = {
+        "summary": summary(rows),
+        "needle": summary([r for r in rows if r["task"] == "needle"], ("length", "depth")),
+    }
+    for row in rows:
+        row["answer"], row["said"] = (tokenizer.decode(row.pop(key)) for key in ("answer", "tokens"))
+    result = {
+        "model": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "text": text[0],
+        "text_sha256": _sha256(text[1]),
+        "seed": seed,
+        "samples": samples,
+        "codebooks": {
+            title: {
+                "config": with_window(books.config, recent_tokens, sink_tokens).to_dict(),
+                "calibration": books.provenance,
+            }
+            for title, books in codebooks.items()
+        },
+        "versions": versions(),
+        **tables,
+        "rows": rows,
+    }
+    for suffix, content in (("json", json.dumps(result, indent=1) + os.linesep), ("md", tasks_markdown(result))):
+        with atomic_path(out.with_name(f"{out.name}.{suffix}")) as partial:
+            partial.write_text(content, encoding="utf-8")
+    return result
+
+
+def tasks_table(result: dict[str, Any]) -> Table:
+    """The result of `evaluate_tasks` for a terminal: one row a task, length and cache."""
+    table = Table(title=f"Answered through the decode path, {result['model']}")
+    for column in _TASK_COLUMNS:
+        table.add_column(column, justify="left" if column in ("task", "cache") else "right")
+    for cells in _task_cells(result["summary"]):
+        table.add_row(*cells)
+    return table
+
+
+_TASK_COLUMNS = ("task", "tokens", "cache", "questions", "accuracy", "log p", "change", "flips", "same tokens")
+
+
+def _task_cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [
+        (
+            r["task"], str(r["length"]), r["cache"], str(r["questions"]), f"{r['accuracy']:.3f}", f"{r['logprob']:.3f}",
+            *(("", "", "") if r["cache"] == "dense" else (f"{r['logprob_change']:+.3f}", str(r["flips"]), f"{r['same']:.3f}")),
+        )
+        for r in rows
+    ]  # fmt: skip
+
+
+def tasks_markdown(result: dict[str, Any]) -> str:
+    """The tables of `evaluate_tasks`' result, with what their columns mean."""
+    caches = ["dense", *result["codebooks"]]
+    lines = [
+        f"# Long-context tasks: {result['model']}",
+        "",
+        f"Facts hidden in `{Path(result['text']).name}`, {result['dtype']}, seed {result['seed']}. A haystack of so many tokens is "
+        "prefilled into the cache; questions and answers go through the decode path, and the facts lie before the exact window. "
+        "Accuracy: share of questions whose answer greedy decoding gives to the last token. log p: mean log-probability of the "
+        "whole right answer, nats; change: to the dense cache. Flips: questions that only one of both answers rightly; same "
+        "tokens: share of questions in which both find the same tokens most likely throughout. Tasks: `million_cache/tasks.py`.",
+        "",
+        f"| {' | '.join(_TASK_COLUMNS)} |",
+        "| " + " | ".join("---" for _ in _TASK_COLUMNS) + " |",
+        *(f"| {' | '.join(cells)} |" for cells in _task_cells(result["summary"])),
+    ]  # fmt: skip
+    if result["needle"]:
+        found = {(r["length"], r["depth"], r["cache"]): r for r in result["needle"]}
+        depths = sorted({r["depth"] for r in result["needle"]})
+        lines += [
+            "",
+            "Needle by depth (0: start of the haystack, 1: just before the window), accuracy and log p:",
+            "",
+            f"| tokens | cache | {' | '.join(f'{d:g}' for d in depths)} |",
+            "| --- | --- |" + " --- |" * len(depths),
+        ]
+        for length in dict.fromkeys(r["length"] for r in result["needle"]):
+            for cache in caches:
+                cells = [found[length, d, cache] for d in depths]
+                shown = " | ".join(f"{c['accuracy']:.2f} ({c['logprob']:.2f})" for c in cells)
+                lines.append(f"| {length} | {cache} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error; gives what advances it."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,} " + unit), TimeElapsedColumn(),
+        TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def versions() -> dict[str, str]:
+    """Of everything that figures may depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "million": importlib.metadata.version("million"),
+    }
 
 
 def megabytes(count: int) -> str:
