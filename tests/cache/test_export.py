@@ -1,4 +1,4 @@
-"""torch.export of a decode step: the cache is the program's state, in this process, after a load, and in a compiled package."""
+"""torch.export of a decode step: the cache is the program's state, in this process and after a load."""
 
 from __future__ import annotations
 
@@ -90,8 +90,10 @@ def test_exported_from_an_empty_cache(model, books, ids, tmp_path):
     """A program that never saw a prefill takes the prompt token by token; its state can be emptied again."""
     start = torch.zeros(2, dtype=torch.int64, device=ids.device)
     want = decode(DecodeStep(model, new_cache(model, books)), ids, start, begin=0)
-    step = DecodeStep(model, new_cache(model, books))
+    cache = new_cache(model, books)
+    step = DecodeStep(model, cache)
     torch.export.save(torch.export.export(step, step.example(), strict=True), tmp_path / "step.pt2")
+    assert cache.get_seq_length() == 0 and cache.state.empty
     program = torch.export.load(tmp_path / "step.pt2").module()
     torch.testing.assert_close(decode(program, ids, start, begin=0), want)
     buffers = dict(program.named_buffers())
