@@ -339,13 +339,14 @@ def tasks_table(result: dict[str, Any]) -> Table:
     """The result of `evaluate_tasks` for a terminal: one row a task, length and cache."""
     table = Table(title=f"Answered through the decode path, {result['model']}")
     for column in _TASK_COLUMNS:
-        table.add_column(column, justify="left" if column in ("task", "cache") else "right")
+        name = column in ("task", "cache")
+        table.add_column(column, justify="left" if name else "right", overflow="fold", min_width=9 if name else None)
     for cells in _task_cells(result["summary"]):
         table.add_row(*cells)
     return table
 
 
-_TASK_COLUMNS = ("task", "tokens", "cache", "questions", "accuracy", "log p", "change", "flips", "same tokens")
+_TASK_COLUMNS = ("task", "tokens", "cache", "n", "accuracy", "log p", "change", "flips", "same")
 
 
 def _task_cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -365,10 +366,10 @@ def tasks_markdown(result: dict[str, Any]) -> str:
         f"# Long-context tasks: {result['model']}",
         "",
         f"Facts hidden in `{Path(result['text']).name}`, {result['dtype']}, seed {result['seed']}. A haystack of so many tokens is "
-        "prefilled into the cache; questions and answers go through the decode path, and the facts lie before the exact window. "
+        "prefilled into the cache; n questions and their answers go through the decode path, and the facts lie before the exact window. "
         "Accuracy: share of questions whose answer greedy decoding gives to the last token. log p: mean log-probability of the "
-        "whole right answer, nats; change: to the dense cache. Flips: questions that only one of both answers rightly; same "
-        "tokens: share of questions in which both find the same tokens most likely throughout. Tasks: `million_cache/tasks.py`.",
+        "whole right answer, nats; change: to the dense cache. Flips: questions that only one of both answers rightly; same: "
+        "share of questions in which both find the same tokens most likely throughout. Tasks: `million_cache/tasks.py`.",
         "",
         f"| {' | '.join(_TASK_COLUMNS)} |",
         "| " + " | ".join("---" for _ in _TASK_COLUMNS) + " |",

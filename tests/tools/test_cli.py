@@ -21,7 +21,7 @@ JSON_KEYS = {
 def test_help_names_every_command(million):
     result = million("--help")
     assert result.exit_code == 0
-    for command in ("demo", "calibrate", "generate", "evaluate", "compare", "inspect"):
+    for command in ("demo", "calibrate", "generate", "evaluate", "tasks", "compare", "inspect"):
         assert command in result.stdout
         assert million(command, "--help").exit_code == 0
 
