@@ -62,7 +62,9 @@ LOGITS = {"output_logits": True, "return_dict_in_generate": True}
 ROUNDING = 5e-3  # of the logits' scale: what fp16 centroids leave, see test_cache.close
 
 
-def assert_same_text(want, got, sampled: bool = False, rows: torch.Tensor | None = None) -> torch.Tensor:
+def assert_same_text(
+    want, got, sampled: bool = False, rows: torch.Tensor | None = None, rounding=ROUNDING
+) -> torch.Tensor:
     """Two outputs of `generate` with `LOGITS` are the same text, but for ties that rounding decides.
 
     In every row the logits agree up to the first token that differs, and there the dense model itself has both candidates
@@ -72,7 +74,7 @@ def assert_same_text(want, got, sampled: bool = False, rows: torch.Tensor | None
     logits, ours = (torch.stack(x.logits, 1) for x in (want, got))
     n = logits.shape[1]
     text, our_text = want.sequences[:, -n:], got.sequences[:, -n:]
-    allowed = ROUNDING * logits.abs().max()
+    allowed = rounding * logits.abs().max()
     equal = torch.ones(len(text), dtype=torch.bool) if rows is None else rows.clone()
     for b in equal.nonzero().flatten().tolist():
         parted = (text[b] != our_text[b]).nonzero().flatten().tolist()
