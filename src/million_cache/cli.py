@@ -42,7 +42,9 @@ class Dtype(str, Enum):
     FLOAT16 = "float16"
 
 
-Model = Annotated[str, typer.Option(help="Hub id, local directory, GGUF file, or `smollm2` (the demo's model).")]
+Model = Annotated[
+    str, typer.Option(help="Hub id, local directory, GGUF file, `smollm2` (the demo's model), or `gemma3-270m`.")
+]
 Books = Annotated[str, typer.Option(help="Directory that `million calibrate` wrote, or a hub id.")]
 Recent = Annotated[int | None, typer.Option(min=0, help="Last tokens that stay exact. Default: the codebooks' own.")]
 Sinks = Annotated[int | None, typer.Option(min=0, help="First tokens that stay exact. Default: the codebooks' own.")]
@@ -123,6 +125,7 @@ def calibrate(
     with mistakes():
         from million_cache.config import PQConfig
         from million_cache.evaluate import with_window
+        from million_cache.loading import origin
         from million_cache.programs import calibrate_text
 
         if out.is_file():
@@ -131,6 +134,7 @@ def calibrate(
         loaded, tokenizer = _load(model, device, dtype)
         config = with_window(PQConfig.preset(preset.value), recent, sinks)
         codebooks = calibrate_text(loaded, tokenizer, body, source, config, tokens, context, seed, sensitivity_tokens)
+        codebooks.provenance |= origin(model)
         codebooks.save_pretrained(out)
         err.print(
             f"Wrote {out} ({codebooks.nbytes / 1e6:.1f} MB of codebooks, {codebooks.config.bits_per_element:g} bit)."
@@ -188,16 +192,22 @@ def evaluate(
     sinks: Sinks = None,
     position_offset: Annotated[int, typer.Option(min=0, help="Position of each context's first token.")] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Store the result with the codebooks (a directory), for their model card.")
+    ] = False,
     device: Device = "cpu",
     dtype: ModelDtype = None,
 ) -> None:
     """KL, top-1 agreement and perplexity against the dense cache, every position scored through the decode path."""
     with mistakes():
+        from million_cache.card import EVALUATION_KEYS
         from million_cache.loading import atomic_path
         from million_cache.programs import evaluate_text, load_codebooks, result_table
 
         if json_out and not json_out.parent.is_dir():
             raise ValueError(f"cannot write {json_out}: there is no directory {json_out.parent}")
+        if record and not Path(codebooks).expanduser().is_dir():
+            raise ValueError(f"cannot record the result with the codebooks: {codebooks} is not a directory")
         books = load_codebooks(codebooks)
         source, body = _text(text, "evaluation")
         loaded, tokenizer = _load(model, device, dtype)
@@ -217,6 +227,9 @@ def evaluate(
         if json_out:
             with atomic_path(json_out) as partial:
                 partial.write_text(json.dumps(result, indent=2) + os.linesep, encoding="utf-8")
+        if record:
+            books.provenance["evaluation"] = {key: result[key] for key in EVALUATION_KEYS}
+            books.save_pretrained(Path(codebooks).expanduser())
         console.print(result_table(result))
 
 
@@ -320,6 +333,21 @@ def compare(
             chunks=chunks,
         )
         err.print(f"Wrote {out}.json, .md and .png.")
+
+
+@app.command()
+def push(
+    codebooks: Annotated[Path, typer.Argument(help="Directory that `million calibrate` wrote.")],
+    repo_id: Annotated[str, typer.Argument(help="`name` or `organisation/name` on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Upload codebooks and their model card to the Hugging Face hub, with the token of `hf auth login`."""
+    with mistakes():
+        from million_cache.programs import load_codebooks
+
+        commit = load_codebooks(str(codebooks)).push_to_hub(repo_id, private=private or None, commit_message=message)
+        console.print(commit.commit_url, soft_wrap=True)
 
 
 @app.command()

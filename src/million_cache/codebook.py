@@ -4,7 +4,8 @@ On disk a directory, possibly a checkpoint's own, holds
 
 * ``million_codebooks.safetensors``: ``layers.<i>.<name>`` for the tensors of `LayerCodebooks` and `LayerReport`;
 * ``million_config.json``: format version, `PQConfig`, the model's `Fingerprint`, the scalars of each layer, provenance, and
-  the SHA-256 of the tensor file, so that a pair that does not belong together is noticed.
+  the SHA-256 of the tensor file, so that a pair that does not belong together is noticed;
+* ``README.md``, a model card (`card.py`), unless that is somebody else's: nothing reads it.
 """
 
 from __future__ import annotations
@@ -13,19 +14,24 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from million_cache.card import CARD_NAME, may_write_card, model_card
 from million_cache.config import PQConfig
 from million_cache.models import Fingerprint
 from million_ops.layout import CENTROIDS
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 FORMAT = "million-codebooks"
 FORMAT_VERSION = 1
@@ -169,7 +175,7 @@ class Codebooks:
         return self._moved[device]
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write both files to ``directory``, which may hold others (a checkpoint).
+        """Write the files to ``directory``, which may hold others. Beside a checkpoint or a README of yours, no model card is written.
 
         They are written to a folder of their own and renamed, so an interruption leaves either the old state or the new one; between the
         renames of two existing files it can leave a pair that `from_pretrained` refuses.
@@ -195,13 +201,66 @@ class Codebooks:
                 "provenance": self.provenance,
             }
             (staging / CONFIG_NAME).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+            names = [TENSORS_NAME, CONFIG_NAME]
+            if may_write_card(directory):
+                (staging / CARD_NAME).write_text(model_card(self), encoding="utf-8")
+                names.append(CARD_NAME)
             if directory.exists():
-                for name in (TENSORS_NAME, CONFIG_NAME):
+                for name in names:
                     os.replace(staging / name, directory / name)
             else:
                 os.rename(staging, directory)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload what `save_pretrained` writes to a Hugging Face hub repository, in one commit; `from_pretrained` takes its id.
+
+        Arguments are those of transformers' ``PushToHubMixin``, whose own code would write a card of its own.
+
+        Args:
+            repo_id: ``"name"`` or ``"organisation/name"``; created if it is not there. It may be a checkpoint's, which keeps its card.
+            commit_message: default ``"Upload million codebooks"``.
+            commit_description: the commit's longer text.
+            private: of a repository that is created; None: as the organisation has it, else public.
+            token: of the hub; None: the one that ``hf auth login`` stored.
+            revision: branch to commit to, created if it is not there; None: the main one.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The commit; ``.commit_url`` and, of a pull request, ``.pr_url`` say where it is.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses (no such organisation, no right to write, ...).
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            beside_checkpoint = api.file_exists(repo_id, "config.json", revision=revision)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload million codebooks",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                ignore_patterns=[CARD_NAME] if beside_checkpoint else None,
+            )
 
     def _named_tensors(self) -> dict[str, Tensor]:
         named = {f"layers.{i}.{name}": t for i, layer in self.layers.items() for name, t in layer.tensors.items()}

