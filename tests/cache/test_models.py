@@ -21,6 +21,7 @@ from million_cache.models import (
 )
 from tests.cache.tiny_models import (
     FAMILIES,
+    REFUSED,
     tiny_cohere,
     tiny_gemma3,
     tiny_gptj,
@@ -146,20 +147,7 @@ def test_full_attention_layers_follow_transformers():
     assert full_attention_layers(tiny_llama().config) == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (lambda: transformers.DeepseekV3Config(num_hidden_layers=2), "latent"),
-        (lambda: transformers.Gemma2Config(num_hidden_layers=2), "softcap"),
-        (lambda: transformers.GptOssConfig(num_hidden_layers=2), "sinks"),
-        (lambda: transformers.Qwen3NextConfig(num_hidden_layers=4), "hybrid"),
-        (lambda: transformers.MistralConfig(num_hidden_layers=2, sliding_window=16), "no full-attention layer"),
-        (lambda: transformers.BloomConfig(), "ALiBi"),
-        (lambda: transformers.FalconConfig(alibi=True), "ALiBi"),
-        (lambda: transformers.T5Config(), "encoder-decoder"),
-        (lambda: transformers.Gemma3nTextConfig(), "reuse"),
-    ],
-)
+@pytest.mark.parametrize(("config", "reason"), REFUSED.values(), ids=REFUSED)
 def test_refused_with_the_reason(config, reason):
     with pytest.raises(NotImplementedError, match=reason):
         check_supported(config())

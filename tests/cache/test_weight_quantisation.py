@@ -114,6 +114,6 @@ def test_calibrate(original, model, weights, device):
             got = torch.cat(got, 1).float().log_softmax(-1)
             kl = (want.exp() * (want - got)).sum(-1).mean()
             mean = (want.exp() * (want - want.exp().mean((0, 1)).log())).sum(-1).mean()
-            assert kl <= 0.1 * mean, (float(kl), float(mean))  # mean: what knowing nothing of the context costs
+            assert kl <= 0.2 * mean, (float(kl), float(mean))  # mean: what knowing nothing of the context costs
     finally:
         disable(model)

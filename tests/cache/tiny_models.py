@@ -99,6 +99,17 @@ def tiny_gemma3(seed: int = 0, **kw) -> PreTrainedModel:
     return _tiny("Gemma3", seed, config_name="Gemma3TextConfig", **{**gemma, **kw})
 
 
+def tiny_granite(seed: int = 0, **kw) -> PreTrainedModel:
+    """Scores are scaled by a number of the configuration, as are residuals and logits."""
+    multipliers = {"attention_multiplier": 0.25, "residual_multiplier": 0.7, "logits_scaling": 0.5}
+    return _tiny("Granite", seed, **{**multipliers, **kw})
+
+
+def tiny_olmo2(seed: int = 0, **kw) -> PreTrainedModel:
+    """Norms on all queries and all keys of a token at once, and after attention instead of before."""
+    return _tiny("Olmo2", seed, **kw)
+
+
 FAMILIES = {
     "llama": tiny_llama,
     "qwen2": tiny_qwen2,
@@ -109,4 +120,23 @@ FAMILIES = {
     "cohere": tiny_cohere,
     "smollm3": tiny_smollm3,
     "gemma3": tiny_gemma3,
+    "granite": tiny_granite,
+    "olmo2": tiny_olmo2,
+}
+
+# Configurations that are refused: what the model is called, and a word of the reason.
+REFUSED = {
+    "DeepSeek-V2, V3": (lambda: transformers.DeepseekV3Config(num_hidden_layers=2), "latent"),
+    "Gemma-2": (lambda: transformers.Gemma2Config(num_hidden_layers=2), "softcap"),
+    "Gemma-3n": (lambda: transformers.Gemma3nTextConfig(), "reuse"),
+    "GPT-OSS": (lambda: transformers.GptOssConfig(num_hidden_layers=2), "sinks"),
+    "Qwen3-Next": (lambda: transformers.Qwen3NextConfig(num_hidden_layers=4), "hybrid"),
+    "Mistral with a sliding window (7B v0.1)": (
+        lambda: transformers.MistralConfig(num_hidden_layers=2, sliding_window=16),
+        "no full-attention layer",
+    ),
+    "BLOOM": (lambda: transformers.BloomConfig(), "ALiBi"),
+    "MPT": (lambda: transformers.MptConfig(), "ALiBi"),
+    "Falcon with ALiBi": (lambda: transformers.FalconConfig(alibi=True), "ALiBi"),
+    "T5": (lambda: transformers.T5Config(), "encoder-decoder"),
 }
