@@ -9,15 +9,16 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from million_cache.loading import KNOWN_MODELS
 from million_cache.models import check_supported, full_attention_layers, head_dim, kv_heads, measure_rotations
 from tests.cache.tiny_models import FAMILIES, REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
-# Rows of the checkpoints that `test_models_table` loads where they are installed, and checks there.
+# Rows of the checkpoints that `test_models_table` loads where they are on the machine, and checks there; keys: `KNOWN_MODELS`.
 CHECKPOINTS = {
-    "SmolLM2-135M-Instruct": "| SmolLM2-135M-Instruct | `LlamaForCausalLM` | 30 of 30 | 9 x 3 x 64 | half, 64 of 64 |",
-    "gemma-3-270m": "| gemma-3-270m | `Gemma3ForCausalLM` | 3 of 18 | 4 x 1 x 256 | half, 256 of 256 |",
+    "smollm2": "| SmolLM2-135M-Instruct | `LlamaForCausalLM` | 30 of 30 | 9 x 3 x 64 | half, 64 of 64 |",
+    "gemma3-270m": "| Gemma-3 270M | `Gemma3ForCausalLM` | 3 of 18 | 4 x 1 x 256 | half, 256 of 256 |",
 }
 
 HEADER = """\
@@ -40,7 +41,7 @@ with left padding and without, and `torch.compile(fullgraph=True)` traces a deco
 """
 
 REAL = """
-Checkpoints, with lossless codes of a prompt with left padding (`tests/cache/test_models_table.py`, where they are installed):
+Checkpoints, with lossless codes of a prompt with left padding (`tests/cache/test_models_table.py`, where they are on the machine):
 
 | checkpoint | model | quantised layers | query heads x KV heads x head_dim | rotation: pairing, channels |
 | --- | --- | --- | --- | --- |
@@ -79,7 +80,9 @@ def quantised(model: PreTrainedModel) -> str:
 def checkpoint_row(name: str, model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
     heads = f"{config.num_attention_heads} x {kv_heads(config)} x {head_dim(config)}"
-    return f"| {name} | `{type(model).__name__}` | {quantised(model)} | {heads} | {rotations(model)} |"
+    return (
+        f"| {KNOWN_MODELS[name].title} | `{type(model).__name__}` | {quantised(model)} | {heads} | {rotations(model)} |"
+    )
 
 
 def family_row(family: str) -> str:

@@ -104,6 +104,50 @@ def test_saved_beside_a_checkpoint(books, tmp_path):
     Codebooks.from_pretrained(tmp_path)
 
 
+def test_compact_storage(books, tmp_path):
+    """Small, close, consistent, and stored again without further loss."""
+    books.layers[0].k_codebook[1, :, 3] *= 1000  # every channel has a range of its own
+    books.layers[1].v_codebook[0, :, 2, 1] = 7.0  # even none
+    books.save_pretrained(tmp_path / "full")
+    books.save_pretrained(tmp_path / "compact", compact=True)
+    sizes = [(tmp_path / x / TENSORS_NAME).stat().st_size for x in ("compact", "full")]
+    assert sizes[0] < 0.5 * sizes[1]
+    again = Codebooks.from_pretrained(tmp_path / "compact")
+    for i, layer in books.layers.items():
+        got = again.layers[i]
+        for name in ("k_codebook", "v_codebook"):
+            want, found = (getattr(x, name).double() for x in (layer, got))
+            step = (want.amax(1) - want.amin(1)) / 255
+            # Half a step, and the rounding to fp16 of what comes out.
+            assert ((found - want).abs() <= 0.5 * step[:, None] + want.abs() / 1000).all()
+        torch.testing.assert_close(got.k_transform, layer.k_transform, rtol=0, atol=2e-3)
+        torch.testing.assert_close(
+            got.k_transform @ got.k_transform_inv, torch.eye(D).expand(H, D, D), rtol=0, atol=1e-3
+        )
+        assert (got.inv_freq is None) == (layer.inv_freq is None) and got.frame_tokens == layer.frame_tokens
+    assert (again.layers[1].v_codebook[0, :, 2, 1] == 7).all()
+    again.save_pretrained(tmp_path / "twice", compact=True)
+    twice = Codebooks.from_pretrained(tmp_path / "twice")
+    for i, layer in again.layers.items():
+        for name in ("k_codebook", "v_codebook", "k_transform"):
+            torch.testing.assert_close(getattr(twice.layers[i], name), getattr(layer, name), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", ["k_codebook_offset", "v_codebook_scale", "k_transform_scale", "v_codebook"])
+def test_compact_storage_with_a_tensor_missing(books, tmp_path, name):
+    books.save_pretrained(tmp_path / "books", compact=True)
+    edit_tensors(tmp_path / "books", lambda named: named.pop(f"layers.0.{name}"))
+    with pytest.raises(ValueError, match=name):
+        Codebooks.from_pretrained(tmp_path / "books")
+
+
+def test_compact_storage_of_a_singular_transform(books, tmp_path):
+    books.layers[0].k_transform[0] = 1.0
+    books.save_pretrained(tmp_path / "books", compact=True)
+    with pytest.raises(ValueError, match="singular"):
+        Codebooks.from_pretrained(tmp_path / "books")
+
+
 def test_subfolder(books, tmp_path):
     books.save_pretrained(tmp_path / "model" / "4bit")
     assert Codebooks.from_pretrained(tmp_path / "model", subfolder="4bit").nbytes == books.nbytes
@@ -316,10 +360,22 @@ def test_foreign_config(saved, text, message):
         Codebooks.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("version", [2, None, "1"])
+@pytest.mark.parametrize("version", [0, 3, None, "1"])
 def test_unknown_format_version(saved, version):
     edit_header(saved, lambda h: h.update(format_version=version))
-    with pytest.raises(ValueError, match="this release reads version 1"):
+    with pytest.raises(ValueError, match="this release reads versions 1 and 2"):
+        Codebooks.from_pretrained(saved)
+
+
+def test_version_1_is_read(books, saved):
+    """It had no word about storage."""
+    edit_header(saved, lambda h: h.update(format_version=1) or h.pop("storage"))
+    assert torch.equal(Codebooks.from_pretrained(saved).layers[0].k_codebook, books.layers[0].k_codebook)
+
+
+def test_unknown_storage(saved):
+    edit_header(saved, lambda h: h.update(storage="holographic"))
+    with pytest.raises(ValueError, match="unknown storage 'holographic'"):
         Codebooks.from_pretrained(saved)
 
 

