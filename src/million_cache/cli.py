@@ -45,7 +45,9 @@ class Dtype(str, Enum):
 Model = Annotated[
     str, typer.Option(help="Hub id, local directory, GGUF file, `smollm2` (the demo's model), or `gemma3-270m`.")
 ]
-Books = Annotated[str, typer.Option(help="Directory that `million calibrate` wrote, or a hub id.")]
+Books = Annotated[
+    str, typer.Option(help="Directory that `million calibrate` wrote, hub id, or `smollm2-4bit` or `-2bit` (shipped).")
+]
 Recent = Annotated[int | None, typer.Option(min=0, help="Last tokens that stay exact. Default: the codebooks' own.")]
 Sinks = Annotated[int | None, typer.Option(min=0, help="First tokens that stay exact. Default: the codebooks' own.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
@@ -91,13 +93,16 @@ def demo(
     prompt: Annotated[
         str | None, typer.Option(help="What to ask the model. Default: a page of text and a task.")
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Calibration text. Default: the text in the package.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Calibrate on this text.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Calibrate on the text in the package, instead of taking its codebooks.")
+    ] = False,
 ) -> None:
     """SmolLM2-135M with a dense and with a quantised cache, side by side: texts, bytes, quality, speed."""
     with mistakes():
         from million_cache.demo import run_demo
 
-        run_demo(console, preset.value, max_new_tokens, prompt, text)
+        run_demo(console, preset.value, max_new_tokens, prompt, text, calibrate)
 
 
 @app.command()
@@ -118,6 +123,9 @@ def calibrate(
     sinks: Annotated[
         int | None, typer.Option(min=0, help="First tokens that stay exact, stored as the default.")
     ] = None,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Store in less than half the space, at up to 1 % more distortion.")
+    ] = False,
     device: Device = "cpu",
     dtype: ModelDtype = None,
 ) -> None:
@@ -134,8 +142,8 @@ def calibrate(
         loaded, tokenizer = _load(model, device, dtype)
         config = with_window(PQConfig.preset(preset.value), recent, sinks)
         codebooks = calibrate_text(loaded, tokenizer, body, source, config, tokens, context, seed, sensitivity_tokens)
-        codebooks.provenance |= origin(model)
-        codebooks.save_pretrained(out)
+        codebooks.provenance |= {"model": model, **origin(model)}
+        codebooks.save_pretrained(out, compact=compact)
         err.print(
             f"Wrote {out} ({codebooks.nbytes / 1e6:.1f} MB of codebooks, {codebooks.config.bits_per_element:g} bit)."
         )
@@ -236,7 +244,7 @@ def evaluate(
 @app.command()
 def tasks(
     model: Model,
-    codebooks: Annotated[list[Path], typer.Option(help="Directory that `million calibrate` wrote (again for more).")],
+    codebooks: Annotated[list[str], typer.Option(help="As for `million evaluate` (again for more).")],
     out: Annotated[Path, typer.Option(help="Write OUT.json and OUT.md.")],
     task: Annotated[
         list[str] | None, typer.Option(help="needle, multikey, lookup, variables (again for more). Default: all.")
@@ -298,7 +306,7 @@ def compare(
         ),
     ] = None,
     codebooks: Annotated[
-        list[Path] | None, typer.Option(help="Ours to score (again for more). Default: calibrate every preset.")
+        list[str] | None, typer.Option(help="Ours to score (again for more). Default: calibrate every preset.")
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 text. Default: the text in the package.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text to score. Default: the one in the package.")] = None,
@@ -352,7 +360,9 @@ def push(
 
 @app.command()
 def inspect(
-    codebooks: Annotated[Path, typer.Argument(help="Directory that `million calibrate` wrote.")],
+    codebooks: Annotated[
+        str, typer.Argument(help="Directory that `million calibrate` wrote, hub id, or shipped ones.")
+    ],
     plot: Annotated[Path | None, typer.Option(help="Draw heat maps to this file (png, pdf, svg).")] = None,
     layer: Annotated[int | None, typer.Option(min=0, help="Show one layer subspace by subspace.")] = None,
 ) -> None:
@@ -361,18 +371,18 @@ def inspect(
         from million_cache import report
         from million_cache.programs import load_codebooks
 
-        books = load_codebooks(str(codebooks))
+        books = load_codebooks(codebooks)
         console.print(report.layer_table(books) if layer is None else report.subspace_table(books, layer))
         if plot:
             report.plot(books, plot)
             err.print(f"Wrote {plot}.")
 
 
-def _named_codebooks(paths: Iterable[Path]) -> dict[str, Any]:
-    """Codebooks by their directory's name, without its `codebooks-`."""
+def _named_codebooks(sources: Iterable[str]) -> dict[str, Any]:
+    """Codebooks by the last part of their source, without its `codebooks-`."""
     from million_cache.programs import load_codebooks
 
-    return {path.name.removeprefix("codebooks-"): load_codebooks(str(path)) for path in paths}
+    return {Path(source).name.removeprefix("codebooks-"): load_codebooks(source) for source in sources}
 
 
 def _text(path: Path | None, shipped: str) -> tuple[str, str]:

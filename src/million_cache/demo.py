@@ -1,4 +1,4 @@
-"""``million demo``: SmolLM2-135M with a dense and with a quantised cache, side by side, in about two minutes on two cores."""
+"""``million demo``: SmolLM2-135M with a dense and with a quantised cache, side by side, in about a minute on two cores."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import million_ops
 from million_cache.codebook import Codebooks
 from million_cache.config import PQConfig
-from million_cache.loading import SMOLLM2, cache_dir, fetch, load_model, read_text, shipped_text
+from million_cache.loading import SMOLLM2, cache_dir, fetch, load_model, read_text, shipped_codebooks, shipped_text
 from million_cache.models import fingerprint
-from million_cache.programs import Generation, calibrate_text, evaluate_text, generate_text, megabytes
+from million_cache.programs import Generation, calibrate_text, evaluate_text, generate_text, load_codebooks, megabytes
 
 CALIBRATION_TOKENS = 8192
 SENSITIVITY_TOKENS = 2048  # a backward pass of each takes longer than all the rest; these few bring most of the gain
@@ -44,16 +44,27 @@ def stage(console: Console, title: str) -> Iterator[None]:
     console.print(f"    done in {time.perf_counter() - started:.1f} s", highlight=False)
 
 
-def cached_codebooks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, source: str, config: PQConfig
-) -> tuple[Codebooks, bool]:
-    """Codebooks for the demo, and whether they come from the user's cache, where they are kept by model, config and text."""
+def demo_codebooks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, preset: str, text: Path | None, calibrate: bool
+) -> tuple[Codebooks, str]:
+    """Codebooks for the demo, and where they come from.
+
+    The package's own if it has some of this preset and neither ``text`` nor ``calibrate`` asks for others; else calibrated ones,
+    which are kept in the user's cache by model, config and text.
+    """
+    name = f"{SMOLLM2.name}-{preset}"
+    if text is None and not calibrate and name in shipped_codebooks():
+        return load_codebooks(name), "they come with the package"
+    source, body = (
+        (str(text), read_text(text)) if text else ("the shipped calibration text", shipped_text("calibration"))
+    )
+    config = PQConfig.preset(preset)
     key = json.dumps(
         [
             importlib.metadata.version("million"),
             fingerprint(model).to_dict(),
             config.to_dict(),
-            text,
+            body,
             CALIBRATION_TOKENS,
             SENSITIVITY_TOKENS,
         ],
@@ -61,12 +72,12 @@ def cached_codebooks(
     )
     directory = cache_dir() / "demo" / hashlib.sha256(key.encode()).hexdigest()[:16]
     with contextlib.suppress(OSError, ValueError):  # absent, or left by another version: calibrate anew
-        return Codebooks.from_pretrained(directory), True
+        return Codebooks.from_pretrained(directory), "they were calibrated in an earlier run"
     books = calibrate_text(
-        model, tokenizer, text, source, config, CALIBRATION_TOKENS, sensitivity_tokens=SENSITIVITY_TOKENS
+        model, tokenizer, body, source, config, CALIBRATION_TOKENS, sensitivity_tokens=SENSITIVITY_TOKENS
     )
     books.save_pretrained(directory)
-    return books, False
+    return books, f"calibrated on {CALIBRATION_TOKENS} tokens"
 
 
 def run_demo(
@@ -75,15 +86,17 @@ def run_demo(
     max_new_tokens: int = 64,
     prompt: str | None = None,
     text: Path | None = None,
+    calibrate: bool = False,
 ) -> dict:
-    """Load, calibrate, generate twice, evaluate, and print what came out.
+    """Load, generate twice, evaluate, and print what came out.
 
     Args:
         console: where to print.
         preset: one of `million_cache.PRESETS`.
         max_new_tokens: tokens to generate with either cache.
         prompt: what to ask; default: a page of text with a task.
-        text: calibration text; default: the shipped one.
+        text: calibrate on it.
+        calibrate: calibrate on the shipped text, even where the package has codebooks (`shipped_codebooks`).
 
     Returns:
         ``dense`` and ``million`` (`Generation`), ``evaluation`` (as `evaluate` returns it), ``equal_tokens``.
@@ -92,19 +105,14 @@ def run_demo(
         UserError: the model cannot be fetched, or the text cannot be read or is too short.
     """
     started = time.perf_counter()
-    source, body = (
-        (str(text), read_text(text)) if text else ("the shipped calibration text", shipped_text("calibration"))
-    )
-    config = PQConfig.preset(preset)
     kernels = "compiled kernels" if million_ops.has_kernels("cpu") else "PyTorch reference, slow: no compiled kernels"
-    console.print(f"MILLION {preset} on the CPU ({kernels}); the first run takes about two minutes", highlight=False)
+    console.print(f"MILLION {preset} on the CPU ({kernels})", highlight=False)
     fetch(SMOLLM2)
     with stage(console, "1/4 Loading SmolLM2-135M-Instruct (about 20 s)"):
         model, tokenizer = load_model(SMOLLM2.name)
-    with stage(console, f"2/4 Calibrating {preset} codebooks on {CALIBRATION_TOKENS} tokens (about two minutes, once)"):
-        books, known = cached_codebooks(model, tokenizer, body, source, config)
-        if known:
-            console.print("    found in the cache of an earlier run")
+    with stage(console, f"2/4 Codebooks for {preset} (up to two minutes if they have to be calibrated, once)"):
+        books, whence = demo_codebooks(model, tokenizer, preset, text, calibrate)
+        console.print(f"    {whence}", highlight=False)
     with stage(console, f"3/4 Generating {max_new_tokens} tokens with either cache (about 10 s)"):
         prompt = prompt or default_prompt()
         dense = generate_text(model, tokenizer, None, prompt, max_new_tokens)

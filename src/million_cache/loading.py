@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -276,7 +278,17 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-# -------------------------------------------------------------------------------------------------------------- text
+# ---------------------------------------------------------------------------------------------------- codebooks and text
+
+
+def shipped_codebooks() -> dict[str, Traversable]:
+    """Directories of the codebooks inside the package by name, ``<model>-<preset>``; each README.md says how it was made."""
+    folder = importlib.resources.files("million_cache").joinpath("data")
+    return {
+        directory.name: directory
+        for directory in sorted(folder.iterdir(), key=lambda x: x.name)
+        if directory.is_dir() and directory.joinpath("million_config.json").is_file()
+    }
 
 
 def shipped_text(name: str) -> str:

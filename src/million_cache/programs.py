@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.resources
 import json
 import os
 import platform
@@ -27,14 +28,21 @@ from million_cache.calibration import calibrate
 from million_cache.codebook import Codebooks
 from million_cache.config import PQConfig
 from million_cache.evaluate import evaluate, tensor_bytes, with_window
-from million_cache.loading import UserError, atomic_path, contexts, hub_reachable
+from million_cache.loading import UserError, atomic_path, contexts, hub_reachable, shipped_codebooks
 from million_cache.tasks import TASKS, make_examples, run_tasks, summary
 
 
 def load_codebooks(source: str) -> Codebooks:
-    """Codebooks from a directory or a hub id. Raises UserError when there are none."""
+    """Codebooks from a directory, the name of shipped ones (`shipped_codebooks`), or a hub id.
+
+    Raises:
+        UserError: there are none.
+    """
     path = Path(source).expanduser()
     try:
+        if not path.exists() and source in shipped_codebooks():
+            with importlib.resources.as_file(shipped_codebooks()[source]) as directory:
+                return Codebooks.from_pretrained(directory)
         if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")) or not hub_reachable():
             return Codebooks.from_pretrained(path)
         return Codebooks.from_pretrained(source)
