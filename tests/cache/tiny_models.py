@@ -95,6 +95,7 @@ def tiny_gemma3(seed: int = 0, **kw) -> PreTrainedModel:
         "head_dim": 32,
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "tie_word_embeddings": False,  # tied ones would repeat one token for ever
     }
     return _tiny("Gemma3", seed, config_name="Gemma3TextConfig", **{**gemma, **kw})
 
