@@ -36,6 +36,10 @@ def books(model, ids):
     return lossless_codebooks(model, [recording], CONFIG)
 
 
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
 def new_cache(model, books):
     return MillionStaticCache(model.config, books, MAX_LEN, 2, model.device, torch.float32)
 
@@ -78,10 +82,10 @@ def test_the_cache_is_the_state(model, books, ids, tmp_path):
     }
     assert mutated == set(cache.named_tensors())
 
-    torch.testing.assert_close(decode(program.module(), ids, start), want)
+    close(decode(program.module(), ids, start), want)
     assert int(cache.get_seq_length()) == ids.shape[1]  # its tensors are the module's
     loaded = torch.export.load(tmp_path / "step.pt2").module()
-    torch.testing.assert_close(decode(loaded, ids, start), want)
+    close(decode(loaded, ids, start), want)
     assert int(cache.get_seq_length()) == ids.shape[1]  # and not the loaded one's
 
 
@@ -95,11 +99,11 @@ def test_exported_from_an_empty_cache(model, books, ids, tmp_path):
     torch.export.save(torch.export.export(step, step.example(), strict=True), tmp_path / "step.pt2")
     assert cache.get_seq_length() == 0 and cache.state.empty
     program = torch.export.load(tmp_path / "step.pt2").module()
-    torch.testing.assert_close(decode(program, ids, start, begin=0), want)
+    close(decode(program, ids, start, begin=0), want)
     buffers = dict(program.named_buffers())
     for name in ("clock0_time", "clock0_start", "clock0_origin"):
         buffers[name].zero_()
-    torch.testing.assert_close(decode(program, ids, start, begin=0), want)
+    close(decode(program, ids, start, begin=0), want)
 
 
 def test_what_cannot_be_exported(model, books):

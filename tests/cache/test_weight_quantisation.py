@@ -12,7 +12,7 @@ from million_cache.models import fingerprint
 from tests.cache.test_generate import GREEDY, LOGITS, assert_same_text, dense_then_million, prompt
 from tests.cache.tiny_models import tiny_llama
 
-pytest.importorskip("torchao", reason="torchao is not installed")
+pytest.importorskip("torchao", reason="torchao is not installed", exc_type=ImportError)
 
 # Rounding of logits: int8 models run in float32; those with int4 must be bfloat16, 2^-8 a rounding.
 ROUNDING = {"int8": 5e-3, "int4": 6e-2}
@@ -36,10 +36,14 @@ def model(original, weights, device):
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     model = tiny_llama(head_dim=64).to(device, original.dtype)
+    # set_inductor_config would switch float32 products to TF32 for every test after this one.
     if weights == "int8":
-        quantize_(model.model, Int8WeightOnlyConfig())
+        quantize_(model.model, Int8WeightOnlyConfig(set_inductor_config=False))
     else:
-        quantize_(model.model, Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d"))
+        quantize_(
+            model.model,
+            Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d", set_inductor_config=False),
+        )
     changed = model.model.layers[0].self_attn.q_proj.weight
     assert type(changed) is not torch.nn.Parameter and type(changed).__module__.startswith("torchao")
     return model
