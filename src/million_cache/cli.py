@@ -117,6 +117,12 @@ def calibrate(
     sensitivity_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens that also run backwards, for better codebooks; 0: none, faster.")
     ] = 8192,
+    finetune_steps: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Steps of gradient descent on the centroids, for better ones; a minute each on a CPU."
+        ),
+    ] = 0,
     recent: Annotated[
         int | None, typer.Option(min=0, help="Last tokens that stay exact, stored as the default.")
     ] = None,
@@ -141,7 +147,9 @@ def calibrate(
         source, body = _text(text, "calibration")
         loaded, tokenizer = _load(model, device, dtype)
         config = with_window(PQConfig.preset(preset.value), recent, sinks)
-        codebooks = calibrate_text(loaded, tokenizer, body, source, config, tokens, context, seed, sensitivity_tokens)
+        codebooks = calibrate_text(
+            loaded, tokenizer, body, source, config, tokens, context, seed, sensitivity_tokens, finetune_steps
+        )
         codebooks.provenance |= {"model": model, **origin(model)}
         codebooks.save_pretrained(out, compact=compact)
         err.print(

@@ -60,6 +60,7 @@ def calibrate_text(
     context: int = 2048,
     seed: int = 0,
     sensitivity_tokens: int = 8192,
+    finetune_steps: int = 0,
 ) -> Codebooks:
     """Codebooks from the start of ``text``, with the text's name and SHA-256 in their provenance.
 
@@ -68,6 +69,7 @@ def calibrate_text(
         tokens: how many to use, in whole contexts: the rest of the division is left out.
         context: tokens of one forward.
         sensitivity_tokens: how many also run backwards, see `calibrate`.
+        finetune_steps: of gradient descent on the centroids, see `calibrate`.
 
     Raises:
         UserError: the text holds fewer tokens.
@@ -75,7 +77,9 @@ def calibrate_text(
     """
     context = min(context, tokens)
     ids = contexts(tokenizer, text, context, tokens // context, source)
-    books = calibrate(model, ids, config, seed=seed, context=context, sensitivity_tokens=sensitivity_tokens)
+    books = calibrate(
+        model, ids, config, seed=seed, context=context, sensitivity_tokens=sensitivity_tokens, finetune_steps=finetune_steps
+    )  # fmt: skip
     books.provenance |= {"text": source, "text_sha256": _sha256(text)}
     return books
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from million_cache.calibration.collect import collect
+from million_cache.calibration.finetune import finetune
 from million_cache.calibration.sensitivity import measure_sensitivity
 from million_cache.calibration.train import train_layer
 from million_cache.codebook import Codebooks
@@ -59,6 +60,7 @@ def calibrate(
     context: int = 2048,
     iterations: int = 8,
     sensitivity_tokens: int = 8192,
+    finetune_steps: int = 0,
     require_frames: bool = False,
     progress: bool = True,
     device: torch.device | str | None = None,
@@ -79,6 +81,9 @@ def calibrate(
         sensitivity_tokens: how many of the tokens also run backwards through the model, in whole contexts spread over the text;
             0: none, with the queries' second moments as the weight instead, at lower quality. A backward pass takes two to
             four times as long as a forward and holds the activations of one context.
+        finetune_steps: of gradient descent on all centroids together, against the KL to the exact cache (`finetune.py`), each on one
+            context; a step takes three times as long as that context's share of ``sensitivity_tokens``. 20 steps took 6 % off
+            the KL of SmolLM2 at 1 bit. The report's distortions are those before it.
         require_frames: raise instead of warn when a layer's rotation is not recognised.
         progress: show progress bars.
         device: where k-means runs; None: the model's.
@@ -90,9 +95,10 @@ def calibrate(
     """
     check_supported(model.config)
     check_length(model.config, context)
-    if iterations < 1 or context <= config.sink_tokens:
+    if iterations < 1 or finetune_steps < 0 or context <= config.sink_tokens:
         raise ValueError(
-            f"need iterations >= 1 and context > {config.sink_tokens} sink tokens, got {iterations} and {context}"
+            f"need iterations >= 1, finetune_steps >= 0 and context > {config.sink_tokens} sink tokens, got {iterations}, "
+            f"{finetune_steps} and {context}"
         )
     sequences = _sequences(tokens, context, config.sink_tokens)
     rows = sum(len(s) - config.sink_tokens for s in sequences)
@@ -142,6 +148,12 @@ def calibrate(
                 iterations=iterations, generator=generator, device=device, name=f"layer {i}",
             )  # fmt: skip
             bar.advance(task)
+        if finetune_steps:
+            task = bar.add_task("Fine-tuning", total=finetune_steps)
+            layers = finetune(
+                model, sequences, layers, config.recent_tokens, config.sink_tokens, finetune_steps, generator,
+                advance=lambda kl: bar.update(task, advance=1, description=f"Fine-tuning, KL {kl:.4f}"),
+            )  # fmt: skip
 
     used = torch.cat(sequences)
     provenance = {
@@ -152,6 +164,7 @@ def calibrate(
         "seed": seed,
         "iterations": iterations,
         "sensitivity_tokens": sum(len(sequences[i]) for i in chosen),
+        "finetune_steps": finetune_steps,
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,
         "torch": torch.__version__,
