@@ -8,8 +8,8 @@ The program holds the model's weights, the codebooks and everything the cache he
 ``program.module()`` appends a token. In the process that exported it, the module and the cache share their tensors, so a
 prompt can be prefilled through the cache; a loaded program has its own, and takes a prompt token by token.
 
-Not for AOTInductor: with torch 2.13 `torch._inductor.aoti_compile_and_package` accepts the program, and the package gives
-wrong logits from its first step on.
+A program can be compiled further, by AOTInductor for example (`torch._inductor.aoti_compile_and_package`; tried on a CPU with
+torch 2.13). Its packages do not check strides: give them contiguous tensors, not slices of a longer prompt.
 """
 
 from __future__ import annotations
