@@ -110,7 +110,10 @@ def calibrate(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write the codebooks to; a checkpoint's own will do.")],
     text: Annotated[Path | None, typer.Option(help="UTF-8 text. Default: the text in the package.")] = None,
-    preset: Annotated[Preset, typer.Option(help="Bits of a cached element.")] = Preset.BIT4,
+    preset: Annotated[
+        list[Preset],
+        typer.Option(help="Bits of a cached element (again for more: directories OUT-4bit, OUT-2bit ...)."),
+    ] = (Preset.BIT4,),
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to use, in whole contexts.")] = 8192,
     context: Annotated[int, typer.Option(min=16, help="Tokens of one forward.")] = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Of the k-means start and the random positions.")] = 0,
@@ -135,26 +138,37 @@ def calibrate(
     device: Device = "cpu",
     dtype: ModelDtype = None,
 ) -> None:
-    """Train codebooks for a model on a text and write them to a directory."""
+    """Train codebooks for a model on a text and write them to a directory; several presets share the work."""
     with mistakes():
         from million_cache.config import PQConfig
         from million_cache.evaluate import with_window
         from million_cache.loading import origin
         from million_cache.programs import calibrate_text
 
-        if out.is_file():
-            raise ValueError(f"{out} is a file; give a directory to write to")
+        outs = [out] if len(preset) == 1 else [out.with_name(f"{out.name}-{p.value}") for p in preset]
+        for directory in outs:
+            if directory.is_file():
+                raise ValueError(f"{directory} is a file; give a directory to write to")
         source, body = _text(text, "calibration")
         loaded, tokenizer = _load(model, device, dtype)
-        config = with_window(PQConfig.preset(preset.value), recent, sinks)
-        codebooks = calibrate_text(
-            loaded, tokenizer, body, source, config, tokens, context, seed, sensitivity_tokens, finetune_steps
+        configs = [with_window(PQConfig.preset(p.value), recent, sinks) for p in preset]
+        found = calibrate_text(
+            loaded,
+            tokenizer,
+            body,
+            source,
+            configs,
+            tokens,
+            context,
+            seed=seed,
+            sensitivity_tokens=sensitivity_tokens,
+            finetune_steps=finetune_steps,
         )
-        codebooks.provenance |= {"model": model, **origin(model)}
-        codebooks.save_pretrained(out, compact=compact)
-        err.print(
-            f"Wrote {out} ({codebooks.nbytes / 1e6:.1f} MB of codebooks, {codebooks.config.bits_per_element:g} bit)."
-        )
+        for codebooks, directory in zip(found, outs):
+            codebooks.provenance |= {"model": model, **origin(model)}
+            codebooks.save_pretrained(directory, compact=compact)
+            size, bits = codebooks.nbytes / 1e6, codebooks.config.bits_per_element
+            err.print(f"Wrote {directory} ({size:.1f} MB of codebooks, {bits:g} bit).")
 
 
 @app.command()

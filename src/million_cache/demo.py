@@ -73,8 +73,8 @@ def demo_codebooks(
     directory = cache_dir() / "demo" / hashlib.sha256(key.encode()).hexdigest()[:16]
     with contextlib.suppress(OSError, ValueError):  # absent, or left by another version: calibrate anew
         return Codebooks.from_pretrained(directory), "they were calibrated in an earlier run"
-    books = calibrate_text(
-        model, tokenizer, body, source, config, CALIBRATION_TOKENS, sensitivity_tokens=SENSITIVITY_TOKENS
+    (books,) = calibrate_text(
+        model, tokenizer, body, source, [config], CALIBRATION_TOKENS, sensitivity_tokens=SENSITIVITY_TOKENS
     )
     books.save_pretrained(directory)
     return books, f"calibrated on {CALIBRATION_TOKENS} tokens"

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache, 
 
 from million_cache.attention import disable, enable
 from million_cache.cache import MillionStaticCache
-from million_cache.calibration import calibrate
+from million_cache.calibration import calibrate_all
 from million_cache.codebook import Codebooks
 from million_cache.config import PQConfig
 from million_cache.evaluate import evaluate, tensor_bytes, with_window
@@ -55,21 +55,19 @@ def calibrate_text(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     source: str,
-    config: PQConfig,
+    configs: Sequence[PQConfig],
     tokens: int,
     context: int = 2048,
-    seed: int = 0,
-    sensitivity_tokens: int = 8192,
-    finetune_steps: int = 0,
-) -> Codebooks:
-    """Codebooks from the start of ``text``, with the text's name and SHA-256 in their provenance.
+    **options: Any,
+) -> list[Codebooks]:
+    """Codebooks from the start of ``text``, one a configuration, with the text's name and SHA-256 in their provenance.
 
     Args:
         source: what to call the text.
+        configs: with the same window and sinks.
         tokens: how many to use, in whole contexts: the rest of the division is left out.
         context: tokens of one forward.
-        sensitivity_tokens: how many also run backwards, see `calibrate`.
-        finetune_steps: of gradient descent on the centroids, see `calibrate`.
+        options: for `calibrate_all`: ``seed``, ``sensitivity_tokens``, ``finetune_steps``.
 
     Raises:
         UserError: the text holds fewer tokens.
@@ -77,11 +75,10 @@ def calibrate_text(
     """
     context = min(context, tokens)
     ids = contexts(tokenizer, text, context, tokens // context, source)
-    books = calibrate(
-        model, ids, config, seed=seed, context=context, sensitivity_tokens=sensitivity_tokens, finetune_steps=finetune_steps
-    )  # fmt: skip
-    books.provenance |= {"text": source, "text_sha256": _sha256(text)}
-    return books
+    found = calibrate_all(model, ids, configs, context=context, **options)
+    for books in found:
+        books.provenance |= {"text": source, "text_sha256": _sha256(text)}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ generation

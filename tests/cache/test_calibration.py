@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import million_ops
-from million_cache.calibration import MIN_TOKENS, calibrate
+from million_cache.calibration import MIN_TOKENS, calibrate, calibrate_all
 from million_cache.calibration.collect import collect
 from million_cache.calibration.finetune import LEARNING_RATE, CentroidAdam, decoded, finetune, nearest
 from million_cache.calibration.kmeans import assign, kmeans, seed, update
@@ -423,6 +423,21 @@ def test_deterministic_for_a_seed():
         for name, tensor in layer.tensors.items():
             assert torch.equal(same.layers[i].tensors[name], tensor), name
     assert not torch.equal(first.layers[0].k_codebook, other.layers[0].k_codebook)
+
+
+def test_several_configurations_at_once_are_those_alone():
+    model, other = tiny_llama(), PQConfig(k_subspace_dim=8, v_subspace_dim=4, frame_tokens=0)
+    options = {"context": 256, "iterations": 2, "progress": False, "finetune_steps": 1, "seed": 5}
+    ids = tokens(1200)
+    both = calibrate_all(model, ids, [CONFIG, other], **options)
+    for config, found in zip((CONFIG, other), both):
+        alone = calibrate(model, ids, config, **options)
+        assert found.config == alone.config == config
+        for i, layer in alone.layers.items():
+            assert all(torch.equal(found.layers[i].tensors[name], t) for name, t in layer.tensors.items())
+    for configs in ([], [CONFIG, replace(CONFIG, recent_tokens=7)]):
+        with pytest.raises(ValueError, match="same recent_tokens and sink_tokens"):
+            calibrate_all(model, ids, configs, **options)
 
 
 def test_rows_and_one_long_text_are_the_same():

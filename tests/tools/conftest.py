@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from million_cache import PQConfig, calibrate
+from million_cache.calibration import calibrate_all
 from million_cache.cli import app
 from million_cache.loading import load_model, shipped_text
 from tests.tools.tiny import tiny_llama, tiny_tokenizer
@@ -56,7 +57,7 @@ def books_dir(books, tmp_path_factory):
 @pytest.fixture
 def million(monkeypatch):
     """Run ``million`` with arguments; ``.exit_code``, ``.stdout``, ``.stderr``. Calibration is short."""
-    monkeypatch.setattr("million_cache.programs.calibrate", partial(calibrate, iterations=2))
+    monkeypatch.setattr("million_cache.programs.calibrate_all", partial(calibrate_all, iterations=2))
     return lambda *args, **kwargs: CliRunner().invoke(app, [str(x) for x in args], **kwargs)
 
 

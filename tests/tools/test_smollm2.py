@@ -104,7 +104,7 @@ def test_the_demo_calibrates_once_if_asked_to(short_demo, directory, monkeypatch
 
     def short(model, tokenizer, body, source, *args, **options):
         calls.append(source)
-        return Codebooks.from_pretrained(directory)
+        return [Codebooks.from_pretrained(directory)]
 
     monkeypatch.setattr(demo, "calibrate_text", short)
     options = {"max_new_tokens": 2, "prompt": "Hello"}

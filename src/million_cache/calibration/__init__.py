@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 
@@ -18,7 +18,7 @@ from million_cache.calibration.collect import collect
 from million_cache.calibration.finetune import finetune
 from million_cache.calibration.sensitivity import measure_sensitivity
 from million_cache.calibration.train import train_layer
-from million_cache.codebook import Codebooks
+from million_cache.codebook import Codebooks, LayerCodebooks
 from million_cache.config import PQConfig
 from million_cache.models import check_length, check_supported, fingerprint, measure_rotations
 from million_ops.layout import CENTROIDS
@@ -93,6 +93,37 @@ def calibrate(
             centroid beyond fp16 (says layer and head), a context beyond the model's RoPE, or frames required and not possible.
         NotImplementedError: a model that cannot be served, see `check_supported`.
     """
+    (codebooks,) = calibrate_all(
+        model, tokens, [config], seed=seed, context=context, iterations=iterations, sensitivity_tokens=sensitivity_tokens,
+        finetune_steps=finetune_steps, require_frames=require_frames, progress=progress, device=device,
+    )  # fmt: skip
+    return codebooks
+
+
+def calibrate_all(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    configs: Sequence[PQConfig],
+    *,
+    seed: int = 0,
+    context: int = 2048,
+    iterations: int = 8,
+    sensitivity_tokens: int = 8192,
+    finetune_steps: int = 0,
+    require_frames: bool = False,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+) -> list[Codebooks]:
+    """`calibrate` for several configurations with the same window and sinks; the text runs through the model once for all.
+
+    Arguments and errors are those of `calibrate`; so is the result for each configuration.
+
+    Raises:
+        ValueError: no configuration, or windows or sinks that differ.
+    """
+    if len({(c.recent_tokens, c.sink_tokens) for c in configs}) != 1:
+        raise ValueError("configurations that are calibrated together need the same recent_tokens and sink_tokens")
+    config = configs[0]
     check_supported(model.config)
     check_length(model.config, context)
     if iterations < 1 or finetune_steps < 0 or context <= config.sink_tokens:
@@ -109,7 +140,7 @@ def calibrate(
             f"not counted: got {rows}, give at least {MIN_TOKENS + contexts * config.sink_tokens} in sequences of {context}"
         )
     if rows < GOOD_TOKENS:
-        warnings.warn(f"codebooks trained on {rows} tokens are poor; give at least {GOOD_TOKENS}", stacklevel=2)
+        warnings.warn(f"codebooks trained on {rows} tokens are poor; give at least {GOOD_TOKENS}", stacklevel=3)
     vocabulary = model.get_input_embeddings().num_embeddings
     low, high = min(int(s.min()) for s in sequences), max(int(s.max()) for s in sequences)
     if low < 0 or high >= vocabulary:
@@ -117,12 +148,12 @@ def calibrate(
 
     rotations = measure_rotations(model)
     unknown = [i for i, r in rotations.items() if r.kind == "unknown"]
-    if unknown and config.frame_tokens:
+    if unknown and any(c.frame_tokens for c in configs):
         message = f"the rotation of the keys of layers {unknown} is not one that frames can undo"
         if require_frames:
             raise ValueError(f"{message}, and frames are required")
         warnings.warn(
-            f"{message}; they are encoded without frames, at lower quality beyond {context} tokens", stacklevel=2
+            f"{message}; they are encoded without frames, at lower quality beyond {context} tokens", stacklevel=3
         )
 
     generator = torch.Generator().manual_seed(seed)
@@ -140,20 +171,21 @@ def calibrate(
             for i, sensitivity in found.items():
                 samples[i].sensitivity = sensitivity
             found.clear()
-        task = bar.add_task("Training codebooks", total=len(samples))
-        layers, report = {}, {}
-        for i in sorted(samples):
-            layers[i], report[i] = train_layer(
-                samples.pop(i), positions, rotations[i], config,
-                iterations=iterations, generator=generator, device=device, name=f"layer {i}",
-            )  # fmt: skip
-            bar.advance(task)
-        if finetune_steps:
-            task = bar.add_task("Fine-tuning", total=finetune_steps)
-            layers = finetune(
-                model, sequences, layers, config.recent_tokens, config.sink_tokens, finetune_steps, generator,
-                advance=lambda kl: bar.update(task, advance=1, description=f"Fine-tuning, KL {kl:.4f}"),
-            )  # fmt: skip
+        state, trained = generator.get_state(), []
+        for config in configs:
+            generator.set_state(state)  # so that the others do not matter
+            title = "Training codebooks" + (f", {config.bits_per_element:g} bit" if len(configs) > 1 else "")
+            task = bar.add_task(title, total=len(samples))
+            layers, report = {}, {}
+            for i in sorted(samples):
+                layers[i], report[i] = train_layer(
+                    samples[i] if len(trained) < len(configs) - 1 else samples.pop(i), positions, rotations[i], config,
+                    iterations=iterations, generator=generator, device=device, name=f"layer {i}",
+                )  # fmt: skip
+                bar.advance(task)
+            if finetune_steps:
+                layers = _finetuned(model, sequences, layers, config, finetune_steps, generator, bar)
+            trained.append((config, layers, report))
 
     used = torch.cat(sequences)
     provenance = {
@@ -171,4 +203,23 @@ def calibrate(
         "transformers": transformers.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    return Codebooks(config, fingerprint(model, rotations), layers, provenance, report)
+    whose = fingerprint(model, rotations)
+    return [Codebooks(config, whose, layers, dict(provenance), report) for config, layers, report in trained]
+
+
+def _finetuned(
+    model: PreTrainedModel,
+    sequences: list[Tensor],
+    layers: dict[int, LayerCodebooks],
+    config: PQConfig,
+    steps: int,
+    generator: torch.Generator,
+    bar: Progress,
+) -> dict[int, LayerCodebooks]:
+    """`finetune` with its KL in the progress bar."""
+    task = bar.add_task("Fine-tuning", total=steps)
+
+    def show(kl: float) -> None:
+        bar.update(task, advance=1, description=f"Fine-tuning, KL {kl:.4f}")
+
+    return finetune(model, sequences, layers, config.recent_tokens, config.sink_tokens, steps, generator, advance=show)

@@ -114,10 +114,9 @@ def compare(
                 done({**row, "window": window})
         del sample, dense
     if codebooks is None:
-        codebooks = (
-            (f"million {p}", calibrate_text(model, tokenizer, calibration[1], calibration[0], PQConfig.preset(p), tokens, context))
-            for p in PRESETS
-        )  # fmt: skip
+        presets = [PQConfig.preset(p) for p in PRESETS]
+        found = calibrate_text(model, tokenizer, calibration[1], calibration[0], presets, tokens, context)
+        codebooks = zip((f"million {p}" for p in PRESETS), found)
     for title, books in codebooks:
         done({"peer": title, **_ours(evaluate(model, books, test), books)})
     return result
