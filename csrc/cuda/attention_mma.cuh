@@ -23,31 +23,41 @@
 // Steps rotate in groups of w = 4, then 2, then 1 (`rotation_width`); where w leaves lanes on the same banks, a table
 // holds its entries several times (replicas).
 //
-//   table image  [256, pages, 256 bytes]   page p of a table: 64 KiB of shared memory, a code's row every 256 bytes, so
-//                                          that an address is (page, code, place in the row): one PRMT
-//   prepared     [B, H, frames, tiles of 4 rows, 4 D] fp16   q_f / power of two in the order of A
-//   magnitudes   [B, H, tiles of 4 rows, 4] fp32   the power of two, times scale * log2(e)
-//
 // A block is one split of the tokens of one row b, KV head and tile of query rows. Its warps come in pairs, one for the
 // scores and one for the values of the same tiles of 64 tokens; probabilities go through two slots of shared memory.
-// Exact tokens (sinks, ring, new) go the same way, 16 at a time, with loads in place of lookups, while the tables are
-// on their way.
+// Before the codes
+//   * the warps for scores bring the table of keys, and the scores of exact tokens (sinks, ring, new), 16 at a time,
+//   with
+//     loads in place of lookups;
+//   * the warps for values prepare the queries of the block's RoPE frames, q_f = T^-T R(-t_f) q / power of two in the
+//     order of A, then bring the table of values to where T^-1 was, and do the values of exact tokens.
+// The splits of a row are a cluster of blocks, if so many fit, and merge through each other's shared memory; else they
+// leave partial results and a second kernel merges.
 #pragma once
 
 #include <cuda_pipeline.h>
 
+#include <atomic>
 #include <cfloat>
 #include <utility>
 
 #include "attention.cuh"
+#include "attention_mma.h"
+#include "attention_tables.cuh"
+#include "ptx.cuh"
 
 namespace million {
 namespace mma {
 
 constexpr int kSharedBase = 1024;  // where dynamic shared memory begins: the driver keeps the first KiB (checked)
-constexpr int kPage = 1 << 16, kRow = 256;
 constexpr int kTile = 64;
-constexpr int kAhead = 2;          // tiles from the one at hand to the one that is brought to the L2 cache
+constexpr int kAhead = 2;        // tiles from the one at hand to the one that is brought to the L2 cache
+constexpr int kMaxCluster = 16;  // blocks
+#ifdef MILLION_RACECHECK
+constexpr int kArrivals = kWarp;  // compute-sanitizer does not see that a lane arrives for its warp, after __syncwarp
+#else
+constexpr int kArrivals = 1;
+#endif
 constexpr float kLowest = -1e30f;  // below any score, and finite
 
 template <class F, int... I>
@@ -57,163 +67,6 @@ __device__ __forceinline__ void for_each(const F& f, std::integer_sequence<int, 
 template <int N, class F>
 __device__ __forceinline__ void static_for(const F& f) {
   for_each(f, std::make_integer_sequence<int, N>());
-}
-
-// One group of steps that rotate among themselves.
-struct Group {
-  int first, width;  // steps
-};
-
-// The group of a step.
-constexpr Group group_of(int steps, int step) {
-  const int width = rotation_width(steps, step);
-  return {step / width * width, width};
-}
-
-// ---- tables: where a group's entries lie ----
-
-// Keys of d channels a subspace. A group holds subspaces 4 first .. 4 (first + width) - 1 in order, `replicas` times.
-template <int D, int d>
-struct KeyTable {
-  static constexpr int kSteps = D / d / 4;
-  static constexpr int kTogether = 16 / d;  // values of n that shared memory serves together
-
-  static constexpr int run(int width) { return width * 8 * d; }  // bytes of one replica
-  static constexpr int replicas(int width) { return run(width) >= 128 ? 1 : 128 / run(width); }
-  static constexpr int bytes(int width) { return run(width) * replicas(width); }
-  static constexpr int offset(int step) {  // of a step's group in a row
-    int at = 0;
-    for (int s = 0; s < group_of(kSteps, step).first; s += rotation_width(kSteps, s))
-      at += bytes(rotation_width(kSteps, s));
-    return at;
-  }
-  static constexpr int kRowBytes = offset(kSteps - 1) + bytes(rotation_width(kSteps, kSteps - 1));
-  static constexpr int kPages = (kRowBytes + kRow - 1) / kRow;
-
-  // The lane's place in a group of this width at step `x` of the group.
-  static __device__ uint32_t lane_place(int width, int x, int n, int c) {
-    return (n / width % replicas(width)) * run(width) + (x ^ (n & (width - 1))) * 8 * d + c * 2 * d;
-  }
-
-  // Byte of the codebook's row that belongs at byte `at` of a table row.
-  static __device__ int source(int at) {
-    int from = 0;
-    for (int s = 0; s < kSteps;) {
-      const int width = rotation_width(kSteps, s);
-      if (at < bytes(width)) return from + at % run(width);
-      at -= bytes(width), from += run(width), s += width;
-    }
-    return 0;
-  }
-};
-
-// Values. A group holds subspaces 8 first .. 8 (first + width) - 1 in lines of 128 bytes, one line for the values of n
-// that are served together; a line holds its entries `replicas` times.
-template <int D, int d>
-struct ValueTable {
-  static constexpr int kSteps = D / d / 8;
-  static constexpr int kTogether = 16 / d, kLines = 8 / kTogether, kGroupBytes = kLines * 128;
-
-  static constexpr int run(int width) { return 32 * width; }
-  static constexpr int offset(int step) {
-    int at = 0;
-    for (int s = 0; s < group_of(kSteps, step).first; s += rotation_width(kSteps, s)) at += kGroupBytes;
-    return at;
-  }
-  static constexpr int kRowBytes = offset(kSteps - 1) + kGroupBytes;
-  static constexpr int kPages = (kRowBytes + kRow - 1) / kRow;
-
-  static __device__ uint32_t lane_place(int width, int x, int n, int c) {
-    const int at =
-        n / kTogether * 128 + (c / width) * run(width) + (n % kTogether * width + (x ^ (c & (width - 1)))) * 2 * d;
-    return at / kRow * kPage + at % kRow;
-  }
-  static __device__ int source(int at) {
-    int from = 0;
-    for (int s = 0; s < kSteps;) {
-      const int width = rotation_width(kSteps, s);
-      if (at < kGroupBytes) return from + at / 128 * run(width) + at % 128 % run(width);
-      at -= kGroupBytes, from += kLines * run(width), s += width;
-    }
-    return 0;
-  }
-};
-
-// ---- instructions ----
-
-__device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
-  uint32_t r;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
-  return r;
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return r;
-}
-
-// Reads of tables are no `volatile`: the compiler may interleave them. What keeps them behind the barrier that fills
-// the tables is that lane places pass through `opaque` after it.
-template <int Imm, int Words>
-__device__ __forceinline__ void lookup(uint32_t address, uint32_t (&out)[Words]) {
-  if constexpr (Words == 1)
-    asm("ld.shared.b32 %0, [%1+%2];" : "=r"(out[0]) : "r"(address), "n"(Imm));
-  else if constexpr (Words == 2)
-    asm("ld.shared.v2.b32 {%0,%1}, [%2+%3];" : "=r"(out[0]), "=r"(out[1]) : "r"(address), "n"(Imm));
-  else
-    asm("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4+%5];"
-        : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-        : "r"(address), "n"(Imm));
-}
-
-__device__ __forceinline__ uint32_t opaque(uint32_t x) {
-  asm volatile("" : "+r"(x)::"memory");
-  return x;
-}
-
-__device__ __forceinline__ uint4 load_codes(const uint8_t* at) {
-  uint4 r;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
-               : "l"(at));
-  return r;
-}
-
-__device__ __forceinline__ void mma_dense(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-// Arrives when the thread's asynchronous copies so far are there.
-__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int phase) {
-  uint32_t done;
-  do {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done)
-                 : "r"(shared_address(barrier)), "r"(phase)
-                 : "memory");
-#else
-    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done)
-                 : "r"(shared_address(barrier)), "r"(phase)
-                 : "memory");
-#endif
-  } while (!done);
 }
 
 // ---- the kernel's shape ----
@@ -228,17 +81,25 @@ struct Shape {
   static constexpr int kPairs = Rows == 8   ? 4
                                 : Rows == 4 ? 6
                                             : 8;  // of warps: one spilled register costs more than a pair brings
-  static constexpr int kThreads = kPairs * 2 * kWarp;
+  static constexpr int kThreads = kPairs * 2 * kWarp, kHalf = kThreads / 2;
   using K = KeyTable<D, KD>;
   using V = ValueTable<D, VD>;
-  static constexpr int kTableBytes = (K::kPages + V::kPages) * kPage;
-  static constexpr int kLine = D / 2;  // pairs of channels
+  static constexpr int kValueTable = (K::kBytes + 127) / 128 * 128;  // where it begins
+  static constexpr int kTableBytes = kValueTable + V::kBytes;
+  static constexpr int kLine = D / 2;        // pairs of channels
+  static constexpr int kFrames = 16 / Rows;  // whose queries are prepared with one product
+  static constexpr int kKept = 8 / kTiles;   // frames whose queries stay in shared memory
 };
 
 // Where a query row of the block is.
 struct Row {
   int position, coded_end, query;  // slot of its own token; end of the slots it reads from codes; its new token
   int64_t out, lse;                // its first element of the results
+};
+
+// Frames of the block's tiles.
+struct Frames {
+  int begin, end;
 };
 
 // The exact tokens in order: sinks, ring, new tokens.
@@ -254,30 +115,42 @@ struct Scratch {
     int rescale;
     int pad[3];
   } slots[S::kPairs][2];
+  __half turned[2][16][S::D + 8];  // rotated queries of a product, rounded, and what that lost; rows on different banks
+  uint2 prepared[S::kKept][S::kTiles][S::D];  // queries of the block's frames, if they are this few
+  float query[S::Rows][S::D];                 // divided by its power of two
+  float2 turn[S::kFrames][S::D / 2];          // cosine and sine
+  float frequencies[S::D / 2];
+  __half zeros[S::Rows][kTile];  // what lanes read whose probabilities another rotation takes
+  float magnitude[S::Rows];      // the power of two, times scale * log2(e)
   Row rows[S::Rows];
   Range seen;
   Exact exact;
+  int bounds[S::kPairs + 1];  // of the pairs' tiles
+  Frames frames;
+  int origin;
+  float2 merged[S::Rows];           // of the pairs, as `ends`
   float2 ends[S::kPairs][S::Rows];  // reference maximum (log2), sum
-  uint64_t full[S::kPairs][2], empty[S::kPairs][2], tables;
+  uint64_t full[S::kPairs][2], empty[S::kPairs][2], k_table, v_table, queries;
 };
 
 // A lane's codes of a tile come in chunks of 16 bytes. Warps keep half a tile of them in registers, where that is whole
 // chunks, and ask for more as soon as a chunk is done with.
 struct Unit {
   int words, per_tile;
-  constexpr Unit(int tile_words)
-      : words(tile_words % 8 ? tile_words : tile_words / 2), per_tile(tile_words % 8 ? 1 : 2) {}
+  constexpr Unit(int tile_words, bool whole)
+      : words(tile_words % 8 || whole ? tile_words : tile_words / 2), per_tile(tile_words % 8 || whole ? 1 : 2) {}
 };
 
 // A lane's places in its table, for each width of rotation.
 template <class Table>
 struct Places {
   uint32_t four[4], two[2], one;
-  __device__ Places(int n, int c) {
+  // `base`: where shared memory begins, relative to kSharedBase.
+  __device__ Places(int n, int c, uint32_t base) {
 #pragma unroll
-    for (int x = 0; x < 4; x++) four[x] = opaque(Table::lane_place(4, x, n, c));
-    two[0] = opaque(Table::lane_place(2, 0, n, c)), two[1] = opaque(Table::lane_place(2, 1, n, c));
-    one = opaque(Table::lane_place(1, 0, n, c));
+    for (int x = 0; x < 4; x++) four[x] = opaque(base + Table::lane_place(4, x, n, c));
+    two[0] = opaque(base + Table::lane_place(2, 0, n, c)), two[1] = opaque(base + Table::lane_place(2, 1, n, c));
+    one = opaque(base + Table::lane_place(1, 0, n, c));
   }
   __device__ __forceinline__ uint32_t at(int width, int x) const {
     return width == 4 ? four[x & 3] : width == 2 ? two[x & 1] : one;
@@ -349,31 +222,83 @@ struct Block : RowBlock {
         n(lane >> 2),
         c(lane & 3) {}
 
+  // A table by one bulk copy or two, or 16 bytes at a time: keys' by the threads of the warps for scores, values' by
+  // those of the others.
   template <class Table>
-  static __device__ void load_table(const __half* codebook, char* to) {
-    constexpr int kVectors = Table::kRowBytes / 16, kStep = S::kThreads / kVectors;
-    const int at = threadIdx.x % kVectors * 16;
-    const char* from = reinterpret_cast<const char*>(codebook) + Table::source(at);
-    to += at / kRow * kPage + at % kRow;
-    if (int(threadIdx.x) < kStep * kVectors)
-#pragma unroll 4
-      for (int code = threadIdx.x / kVectors; code < kCentroids; code += kStep)
-        __pipeline_memcpy_async(to + code * kRow, from + code * S::D * 2, 16);
+  static constexpr bool by_bulk() {
+#if __CUDA_ARCH__ >= 900
+    return Table::kWhole;
+#else
+    return false;
+#endif
+  }
+  template <class Table>
+  static __device__ int arrivals() {
+    return by_bulk<Table>() ? 1 : S::kHalf;
+  }
+  template <class Table>
+  static __device__ void load_table(const __half* codebook, char* to, uint64_t* barrier) {
+    const int thread = threadIdx.x % S::kHalf;
+    if constexpr (by_bulk<Table>()) {
+      if (thread != 0) return;
+      barrier_expect(barrier, Table::kCopies * kPage);
+#pragma unroll 1
+      for (int i = 0; i < Table::kCopies; i++) bulk_copy(to + i * (kPage + Table::kMove), codebook, kPage, barrier);
+    } else if constexpr (Table::kWhole) {
+      const char* from = reinterpret_cast<const char*>(codebook);
+#pragma unroll 2
+      for (int i = thread * 16; i < kPage; i += S::kHalf * 16)
+#pragma unroll
+        for (int copy = 0; copy < Table::kCopies; copy++)
+          __pipeline_memcpy_async(to + copy * (kPage + Table::kMove) + i, from + i, 16);
+      barrier_arrive_after_copies(barrier);
+    } else {
+      constexpr int kVectors = Table::kRowBytes / 16, kStep = S::kHalf / kVectors;
+      static_assert(kStep > 0);
+      const int at = thread % kVectors * 16;
+      const char* from = reinterpret_cast<const char*>(codebook) + Table::source(at);
+      to += at / kRow * kPage + at % kRow;
+      if (thread < kStep * kVectors)
+#pragma unroll 2
+        for (int code = thread / kVectors; code < kCentroids; code += kStep)
+          __pipeline_memcpy_async(to + code * kRow, from + code * S::D * 2, 16);
+      barrier_arrive_after_copies(barrier);
+    }
   }
 
-  // What all warps will read, computed once.
+  // What all warps will read, computed once: by threads of different warps, at the same time.
   __device__ void describe() const {
-    const int r = threadIdx.x;
-    if (r < S::Rows) {
-      const int row = min(r, rows - 1), at = query(row), own = h * a.G + (row0 + row) % a.G, heads = int(layer.H) * a.G;
-      scratch.rows[r] = {slot_index(position(row)), coded_end(row), at,
-                         ((int64_t(b) * layer.n + at) * heads + own) * S::D, (int64_t(b) * heads + own) * layer.n + at};
+    if (warp == 0 && lane < S::Rows) {
+      const int row = min(lane, rows - 1), at = query(row), own = h * a.G + (row0 + row) % a.G;
+      const int heads = int(layer.H) * a.G;
+      scratch.rows[lane] = {slot_index(position(row)), coded_end(row), at,
+                            ((int64_t(b) * layer.n + at) * heads + own) * S::D,
+                            (int64_t(b) * heads + own) * layer.n + at};
     }
-    if (r == S::Rows) scratch.seen = range();
-    if (r == S::Rows + 1) {
+    if (warp == 1 && lane <= S::kPairs) {
       const int at = slot_index(first), oldest = slot_index(max(ring_begin(), int64_t(0)));
       const int ring = max(min(at - oldest, int(layer.R)), 0), sinks = int(layer.N);
-      scratch.exact = {sinks + ring + int(layer.n), sinks, ring, oldest, at, layer.start[b]};
+      const Exact exact = {sinks + ring + int(layer.n), sinks, ring, oldest, at, layer.start[b]};
+      const Range seen = range();
+      // Tiles of 64 slots: there are fewer than 2^24, and splits fewer than 2^8.
+      const uint32_t tile0 = max(seen.begin, 0) / kTile, all = max((seen.end + kTile - 1) / kTile - int(tile0), 0);
+      const int begin = all * blockIdx.x / a.splits, end = all * (blockIdx.x + 1) / a.splits;
+      // Pairs with exact tokens get fewer tiles: the first `more` pairs have a group more than the others.
+      const int groups = (exact.tokens + kGroup - 1) / kGroup;
+      const int tiles = end - begin, mine = max(groups - int(blockIdx.x) + a.splits - 1, 0) / a.splits;
+      const int more = mine % S::kPairs, rest = S::kPairs - more;
+      const int few = max((tiles + kGroupTiles * mine) / S::kPairs - kGroupTiles * (mine / S::kPairs + 1), 0);
+      scratch.bounds[lane] =
+          int(tile0) + begin + min(lane, more) * few + (tiles - more * few) * max(lane - more, 0) / rest;
+      if (lane == 0) {
+        scratch.exact = exact, scratch.seen = seen;
+        if (layer.inv_freq != nullptr) scratch.origin = layer.origin[b];
+        const int first = (int(tile0) + begin) * kTile, last = (int(tile0) + end) * kTile - 1;
+        const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
+        scratch.frames = first > last                ? Frames{0, 0}
+                         : layer.inv_freq == nullptr ? Frames{0, 1}
+                                                     : Frames{first / tokens, min(last / tokens + 1, a.frames)};
+      }
     }
   }
 
@@ -391,23 +316,10 @@ struct Block : RowBlock {
   struct Run {
     int begin, end;
   };
-  __device__ Run run(int pair) const {
-    const Range seen = scratch.seen;
-    const int tile0 = seen.begin / kTile, all = max((seen.end + kTile - 1) / kTile - tile0, 0);
-    const int begin = int(int64_t(all) * blockIdx.x / a.splits), end = int(int64_t(all) * (blockIdx.x + 1) / a.splits);
-    // Pairs with exact tokens get fewer tiles: the first `more` pairs have a group more than the others.
-    const int tiles = end - begin, mine = max(groups() - int(blockIdx.x) + a.splits - 1, 0) / a.splits,
-              more = mine % S::kPairs;
-    const int few = max((tiles + kGroupTiles * mine) / S::kPairs - kGroupTiles * (mine / S::kPairs + 1), 0);
-    const auto bound = [&](int p) {
-      const int rest = tiles - more * few;
-      return tile0 + begin + (p <= more ? p * few : more * few + rest * (p - more) / (S::kPairs - more));
-    };
-    return {bound(pair), bound(pair + 1)};
-  }
+  __device__ Run run(int pair) const { return {scratch.bounds[pair], scratch.bounds[pair + 1]}; }
 
   // Before them its exact tokens, 16 at a time: groups `first_group`, `first_group + group_step`, ...
-  static constexpr int kGroup = 16, kGroupTiles = 3;  // what a group costs, in tiles
+  static constexpr int kGroup = 16, kGroupTiles = 2;  // what a group costs, in tiles
   __device__ int first_group(int pair) const { return pair * a.splits + int(blockIdx.x); }
   __device__ int group_step() const { return a.splits * S::kPairs; }
   __device__ int groups() const { return (scratch.exact.tokens + kGroup - 1) / kGroup; }
@@ -439,7 +351,8 @@ struct Block : RowBlock {
 
   // ---- codes ----
 
-  static constexpr Unit kKeyUnit{2 * K::kSteps}, kValueUnit{4 * V::kSteps};
+  // Keys: a whole tile where registers suffice, because a product is done with all its codes at once.
+  static constexpr Unit kKeyUnit{2 * K::kSteps, S::Rows > 2}, kValueUnit{4 * V::kSteps, false};
   static constexpr int kWords = kKeyUnit.words > kValueUnit.words ? kKeyUnit.words : kValueUnit.words;
   static constexpr int kKeyTile = kTile * S::D / S::KD, kValueTile = kTile * S::D / S::VD;  // bytes
   using Words = uint32_t[kWords];
@@ -456,21 +369,148 @@ struct Block : RowBlock {
     words[4 * chunk] = x.x, words[4 * chunk + 1] = x.y, words[4 * chunk + 2] = x.z, words[4 * chunk + 3] = x.w;
   }
 
-  // Replaces the chunks that batch `Batch` of the unit's was the last to need. `next`: the unit after this, null for
-  // none.
-  template <bool Keys, int Batch>
-  static __device__ __forceinline__ void refill(Words& words, const uint8_t* next) {
-    constexpr Unit unit = Keys ? kKeyUnit : kValueUnit;
-    constexpr int kChunks = unit.words / 4, kBatches = 4 / unit.per_tile;
-    if (next != nullptr)
-#pragma unroll
-      for (int i = Batch * kChunks / kBatches; i < (Batch + 1) * kChunks / kBatches; i++) fetch(words, i, next);
-  }
-
   // Brings a tile to the L2 cache, some tiles before its codes are loaded: registers need only cover the way from
   // there.
   static __device__ __forceinline__ void prefetch(const uint8_t* tile, int bytes, int lane) {
     if (lane * 128 < bytes) asm volatile("prefetch.global.L2 [%0];" ::"l"(tile + lane * 112));
+  }
+
+  // ---- prepared queries ----
+
+  // Where they lie: `tiles` tiles of 4 rows for each frame from `frame` on, `stride` apart.
+  struct Prepared {
+    uint2* at;
+    int frame, stride, tiles;
+  };
+  __device__ Prepared prepared(const Frames& frames) const {
+    if (frames.end - frames.begin <= S::kKept)
+      return {&scratch.prepared[0][0][0], frames.begin, S::kTiles * S::D, S::kTiles};
+    const int tiles = (a.rows + 3) / 4;
+    return {static_cast<uint2*>(a.prepared) + (head() * a.frames * tiles + row0 / 4) * S::D, 0, tiles * S::D,
+            min(S::kTiles, tiles - row0 / 4)};
+  }
+
+  // Places of T^-1 in shared memory, [D][D]: channels of neighbouring pairs of rows on different banks.
+  static __device__ int inverse_at(int row, int channel) { return row * S::D + (channel ^ (row >> 1 & 3) << 3); }
+  __device__ void load_inverse(float* to) const {
+    const float* from = layer.transform + int64_t(h) * S::D * S::D;
+#pragma unroll 2
+    for (int i = (threadIdx.x - S::kHalf) * 4; i < S::D * S::D; i += S::kHalf * 4)
+      __pipeline_memcpy_async(to + inverse_at(i / S::D, i % S::D), from + i, 16);
+  }
+
+  // The block's queries, divided by a power of two so that fp16 neither overflows nor loses small ones. A warp a row.
+  __device__ void load_queries() const {
+    constexpr int kWords = (S::kLine + kWarp - 1) / kWarp;
+#pragma unroll 1
+    for (int r = (warp + S::kPairs - 2) % S::kPairs; r < S::Rows; r += S::kPairs) {  // warps 0 and 1 describe
+      const uint32_t* from = reinterpret_cast<const uint32_t*>(query_row(min(r, rows - 1)));
+      float2 x[kWords];
+      float most = 0.f;
+#pragma unroll
+      for (int i = 0; i < kWords; i++) {
+        const uint32_t word = r < rows && i * kWarp + lane < S::kLine ? __ldg(from + i * kWarp + lane) : 0;
+        x[i] = layer.dtype == DType::bf16 ? __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word))
+                                          : __half22float2(reinterpret_cast<const __half2&>(word));
+        most = fmaxf(most, fmaxf(fabsf(x[i].x), fabsf(x[i].y)));
+      }
+      float power = __int_as_float(__float_as_int(warp_max(most)) & 0x7f800000);
+      power = power > 0.f ? power : 1.f;
+      const float by = (a.scale < 0.f ? -1.f : 1.f) / power;  // a larger score is a larger product
+#pragma unroll
+      for (int i = 0; i < kWords; i++)
+        if (i * kWarp + lane < S::kLine)
+          *reinterpret_cast<float2*>(&scratch.query[r][2 * (i * kWarp + lane)]) = {x[i].x * by, x[i].y * by};
+      if (lane == 0) scratch.magnitude[r] = fmaxf(power * fabsf(a.scale) * kLog2e, FLT_MIN);
+    }
+  }
+
+  // T^-1 as sums of two fp16 numbers: of rows 2 p and 2 p + 1, where 2 p was the rounded, where 2 p + 1 was the rest.
+  static __device__ void split_inverse(float* inverse) {
+#pragma unroll 2
+    for (int i = (threadIdx.x - S::kHalf) * 4; i < S::D / 2 * S::D; i += S::kHalf * 4) {
+      const int at = inverse_at(i / S::D * 2, i % S::D);
+      const float4 upper = *reinterpret_cast<const float4*>(inverse + at);
+      const float4 lower = *reinterpret_cast<const float4*>(inverse + at + S::D);
+      uint4 rounded, rest;
+      split(upper.x, lower.x, rounded.x, rest.x), split(upper.y, lower.y, rounded.y, rest.y);
+      split(upper.z, lower.z, rounded.z, rest.z), split(upper.w, lower.w, rounded.w, rest.w);
+      *reinterpret_cast<uint4*>(inverse + at) = rounded, *reinterpret_cast<uint4*>(inverse + at + S::D) = rest;
+    }
+  }
+
+  // q_f = T^-T R(-t_f) q of the block's frames. A product with T^-1 on tensor cores, both factors as sums of two fp16
+  // numbers, of 16 rows: kFrames frames x the block's query rows. Blocks that share a frame write the same.
+  __device__ void prepare(const Frames& frames, const Prepared& to, float* inverse) const {
+    const int half = layer.inv_freq ? int(layer.half) : 0, thread = threadIdx.x - S::kHalf;
+    const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(S::kHalf) : "memory"); };  // the warps for values
+    for (int frame0 = frames.begin; frame0 < frames.end; frame0 += S::kFrames) {
+#pragma unroll 1
+      for (int i = thread; i < S::kFrames * S::kLine; i += S::kHalf) {
+        const int64_t position = (frame0 + i / S::kLine) * layer.frame_tokens + scratch.origin;
+        if (i % S::kLine < half)
+          scratch.turn[i / S::kLine][i % S::kLine] =
+              turn_of(-static_cast<float>(position) * scratch.frequencies[i % S::kLine]);
+      }
+      __pipeline_wait_prior(0);
+      sync();  // and the product before is done, and T^-1 is there
+      if (frame0 == frames.begin && layer.transform != nullptr) split_inverse(inverse);
+#pragma unroll 2
+      for (int i = thread; i < 16 * S::kLine; i += S::kHalf) {
+        const int row = i / S::kLine, pair = i % S::kLine;
+        const bool apart = pair < half && !layer.interleaved;
+        const int first = apart ? pair : 2 * pair, second = apart ? pair + half : 2 * pair + 1;
+        const float x = scratch.query[row % S::Rows][first], y = scratch.query[row % S::Rows][second];
+        const float2 by = pair < half ? scratch.turn[row / S::Rows][pair] : float2{1.f, 0.f};
+        split(x * by.x - y * by.y, scratch.turned[0][row][first], scratch.turned[1][row][first]);
+        split(y * by.x + x * by.y, scratch.turned[0][row][second], scratch.turned[1][row][second]);
+      }
+      sync();
+      constexpr int kUnits = (S::D / 8 + S::kPairs - 1) / S::kPairs;  // of 8 channels, a warp
+      float y[kUnits][4] = {}, more[2][kUnits][4] = {};
+      const auto unit = [&](int i) { return warp - S::kPairs + i * S::kPairs; };
+      if (layer.transform != nullptr) {
+#pragma unroll 2
+        for (int step = 0; step < S::D / 16; step++) {
+          uint32_t left[2][4], right[2][2];
+#pragma unroll
+          for (int part = 0; part < 2; part++)
+            load_operand(&scratch.turned[part][lane & 15][16 * step + (lane >> 4) * 8], left[part]);
+#pragma unroll
+          for (int u = 0; u < kUnits; u++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              const float* from = inverse + inverse_at(16 * step + 2 * c + 8 * i, 8 * min(unit(u), S::D / 8 - 1) + n);
+              right[0][i] = __float_as_uint(from[0]), right[1][i] = __float_as_uint(from[S::D]);
+            }
+            mma_dense(more[0][u], left[1], right[0][0], right[0][1]);
+            mma_dense(more[1][u], left[0], right[1][0], right[1][1]);
+            mma_dense(y[u], left[0], right[0][0], right[0][1]);
+          }
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnits; u++) {
+        if (unit(u) >= S::D / 8) break;
+        const int channel = 8 * unit(u) + 2 * c;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const int row = n + 8 * i, r = row % S::Rows, frame = frame0 + row / S::Rows;
+          if (frame >= frames.end || r / 4 >= to.tiles) continue;
+          float2 x = {y[u][2 * i] + more[0][u][2 * i] + more[1][u][2 * i],
+                      y[u][2 * i + 1] + more[0][u][2 * i + 1] + more[1][u][2 * i + 1]};
+          if (layer.transform == nullptr) {
+            const float2 rounded = __half22float2(*reinterpret_cast<const __half2*>(&scratch.turned[0][row][channel]));
+            const float2 rest = __half22float2(*reinterpret_cast<const __half2*>(&scratch.turned[1][row][channel]));
+            x = {rounded.x + rest.x, rounded.y + rest.y};
+          }
+          __half2* at = reinterpret_cast<__half2*>(to.at + int64_t(frame - to.frame) * to.stride + r / 4 * S::D);
+          // [subspace][row & 1][pair of channels][row / 2 of the four]
+          at[((channel / S::KD * 2 + (r & 1)) * (S::KD / 2) + channel % S::KD / 2) * 2 + (r >> 1 & 1)] =
+              __floats2half2_rn(x.x, x.y);
+        }
+      }
+    }
   }
 
   // ---- scores ----
@@ -479,14 +519,6 @@ struct Block : RowBlock {
   struct Frame {
     int tokens, now, border;  // tokens of a frame; the one whose query is loaded, and its end
   };
-
-  __device__ void load_magnitude(float (&magnitude)[S::kLaneRows]) const {
-    const int tiles = (a.rows + 3) / 4;
-#pragma unroll
-    for (int rr = 0; rr < S::kLaneRows; rr++)
-      magnitude[rr] =
-          __ldcg(a.magnitudes + (head() * tiles + row0 / 4) * 4 + min(lane_row(rr), 4 * (tiles - row0 / 4) - 1));
-  }
 
   // The lane's part of the A operands: of the query as the model gave it,
   __device__ void load_raw_query(Query& q) const {
@@ -514,12 +546,12 @@ struct Block : RowBlock {
   }
 
   // and of a frame, prepared.
-  __device__ __forceinline__ void load_query(int frame, Query& q) const {
-    const int tiles = (a.rows + 3) / 4, r = n & 3, rh = n >> 2;
+  __device__ __forceinline__ void load_query(int frame, const Prepared& prepared, Query& q) const {
+    const int r = n & 3, rh = n >> 2;
 #pragma unroll
     for (int qt = 0; qt < S::kTiles; qt++) {
-      const int64_t tile = (head() * a.frames + frame) * tiles + min(row0 / 4 + qt, tiles - 1);
-      const uint2* from = static_cast<const uint2*>(a.prepared) + tile * S::D + (c * 2 + rh) * (S::KD / 2);
+      const uint2* from = prepared.at + int64_t(frame - prepared.frame) * prepared.stride +
+                          min(qt, prepared.tiles - 1) * S::D + (c * 2 + rh) * (S::KD / 2);
 #pragma unroll
       for (int step = 0; step < K::kSteps; step++) {
         const Group group = group_of(K::kSteps, step);
@@ -527,7 +559,7 @@ struct Block : RowBlock {
 #pragma unroll
         for (int sub = 0; sub < S::KD / 2; sub++) {
           // [step][c][rh][pair of channels][rh, rh + 2] half2
-          const uint2 x = __ldcg(from + mine * 8 * (S::KD / 2) + sub);
+          const uint2 x = from[mine * 8 * (S::KD / 2) + sub];
           const int u = step * (S::KD / 2) + sub;  // pair of depths: operand u / 2, its lower or upper half
           q[qt][u / 2][u % 2 * 2] = x.x, q[qt][u / 2][u % 2 * 2 + 1] = S::kHalves == 2 ? x.y : 0u;
         }
@@ -628,7 +660,7 @@ struct Block : RowBlock {
     }
     if (lane == 0) slot.rescale = raise;
     __syncwarp();
-    if (lane == 0) barrier_arrive(&scratch.full[pair][it & 1]);
+    if (lane < kArrivals) barrier_arrive(&scratch.full[pair][it & 1]);
   }
 
   static __device__ __forceinline__ const char* from_lane(const char* x, int lane) {
@@ -660,12 +692,12 @@ struct Block : RowBlock {
 
   // Scores of a tile from its codes.
   __device__ __forceinline__ void coded_scores(int tile, bool more, const uint8_t* codes, Words& words,
-                                               const Places<K>& places, Frame& frame, Query& q,
-                                               float (&s)[S::kLaneRows][4]) const {
+                                               const Places<K>& places, const Prepared& prepared, Frame& frame,
+                                               Query& q, float (&s)[S::kLaneRows][4]) const {
     const int slot0 = tile * kTile, slot = slot0 + 4 * (lane & 15);
     for (int from = slot0;; from = frame.border) {  // frames of this tile from slot `from` on: nearly always one
       if (from >= frame.border) {
-        load_query(++frame.now, q), frame.border += frame.tokens;
+        load_query(++frame.now, prepared, q), frame.border += frame.tokens;
         settle(q);
       }
       const bool last = slot0 + kTile <= frame.border;
@@ -687,8 +719,11 @@ struct Block : RowBlock {
             lookup<kSharedBase + offset / kRow * kPage + offset % kRow>(
                 prmt(words[at / 4], places.at(group.width, x), 0x7604 | at % 4 << 4), out);
           });
-          refill<true, first>(words, after);
-          refill<true, first + 1>(words, after);
+          if (after != nullptr) {
+            constexpr int kChunks = kKeyUnit.words / 4;
+#pragma unroll
+            for (int i = first * kChunks / kBatches; i < (first + 2) * kChunks / kBatches; i++) fetch(words, i, after);
+          }
           // Two tokens of the lane's four: they move up, which leaves the four in order.
 #pragma unroll
           for (int rr = 0; rr < S::kLaneRows; rr++) {
@@ -737,11 +772,12 @@ struct Block : RowBlock {
   }
 
   // Adds the values of a tile with the probabilities of the pair's slot; `look(step, batch, token, out)` gives those of
-  // a batch of the `Units` of a tile, and `done(batch, unit)` hears that a batch needs no more.
+  // a batch of the `Units` of a tile, and `done(batch, step, unit)` hears that a step needs no more.
   template <int Units, class Look, class Done>
   __device__ __forceinline__ void accumulate(Outputs& o, int pair, int it, const Look& look, const Done& done) const {
     const int r = n & 3, rh = n >> 2;
     const auto& slot = scratch.slots[pair][it & 1];
+    const __half(*shares)[kTile] = c == r ? slot.p : scratch.zeros;
     barrier_wait(&scratch.full[pair][it & 1], it >> 1 & 1);
     if (slot.rescale) {
 #pragma unroll
@@ -758,7 +794,6 @@ struct Block : RowBlock {
             }
       }
     }
-    const bool live = c == r;
 #pragma unroll 1
     for (int unit = 0; unit < Units; unit++) {
       static_for<4 / Units>([&](auto batch_) {
@@ -767,16 +802,14 @@ struct Block : RowBlock {
 #pragma unroll
         for (int qt = 0; qt < S::kTiles; qt++) {
           const int tokens = 16 * (unit * (4 / Units) + batch) + 4 * r;
-          uint2 low = *reinterpret_cast<const uint2*>(&slot.p[4 * qt + rh][tokens]);
-          low.x = live ? low.x : 0u, low.y = live ? low.y : 0u;
+          const uint2 low = *reinterpret_cast<const uint2*>(&shares[4 * qt + rh][tokens]);
           if constexpr (S::Rows == 2) {
             p[qt][0][0] = low.x & 0xffff, p[qt][0][1] = low.x << 16, p[qt][0][2] = low.x >> 16,
             p[qt][0][3] = low.x & 0xffff0000;
             p[qt][1][0] = low.y & 0xffff, p[qt][1][1] = low.y << 16, p[qt][1][2] = low.y >> 16,
             p[qt][1][3] = low.y & 0xffff0000;
           } else {
-            uint2 high = *reinterpret_cast<const uint2*>(&slot.p[4 * qt + rh + 2][tokens]);
-            high.x = live ? high.x : 0u, high.y = live ? high.y : 0u;
+            const uint2 high = *reinterpret_cast<const uint2*>(&shares[4 * qt + rh + 2][tokens]);
             p[qt][0][0] = low.x, p[qt][0][1] = high.x, p[qt][0][2] = low.y, p[qt][0][3] = high.y;
           }
         }
@@ -799,12 +832,12 @@ struct Block : RowBlock {
               }
             }
           }
+          done(batch_, step_, unit);
         });
-        done(batch_, unit);
       });
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(&scratch.empty[pair][it & 1]);
+    if (lane < kArrivals) barrier_arrive(&scratch.empty[pair][it & 1]);
   }
 
   __device__ void exact_values(int group, Outputs& o, int pair, int it) const {
@@ -812,23 +845,22 @@ struct Block : RowBlock {
     bool any = false;  // row sees it: what no row sees may be NaN
     for (int r = 0; r < rows; r++) any |= sees(r, mine);
     const uint32_t live = __ballot_sync(~0u, any);
-    const char* values[4];
-#pragma unroll
-    for (int batch = 0; batch < 4; batch++) values[batch] = from_lane(mine.v, 4 * batch + c) + n * S::VD * 2;
-    accumulate<1>(
+    const char* values;
+    accumulate<4>(
         o, pair, it,
-        [&](auto step_, auto batch_, int, auto token_, auto& out) {
-          constexpr int step = decltype(step_)::value, batch = decltype(batch_)::value;
+        [&](auto step_, auto, int unit, auto token_, auto& out) {
+          constexpr int step = decltype(step_)::value;
           constexpr Group at = group_of(V::kSteps, step);
-          const int m = 8 * at.first + (at.width - 1) * n + ((step - at.first) ^ (c & (at.width - 1)));
           if constexpr (decltype(token_)::value == 0) {
-            load_exact(values[batch] + m * S::VD * 2, live >> (4 * batch + c) & 1, layer.dtype, out);
+            if constexpr (step == 0) values = from_lane(mine.v, 4 * unit + c) + n * S::VD * 2;
+            const int m = 8 * at.first + (at.width - 1) * n + ((step - at.first) ^ (c & (at.width - 1)));
+            load_exact(values + m * S::VD * 2, live >> (4 * unit + c) & 1, layer.dtype, out);
           } else {
 #pragma unroll
             for (auto& word : out) word = 0;
           }
         },
-        [](auto, int) {});
+        [](auto, auto, int) {});
   }
 
   __device__ __forceinline__ void coded_values(Outputs& o, int pair, int it, bool more, const uint8_t* codes,
@@ -840,56 +872,41 @@ struct Block : RowBlock {
           constexpr int step = decltype(step_)::value, batch = decltype(batch_)::value, token = decltype(token_)::value;
           constexpr Group group = group_of(V::kSteps, step);
           constexpr int offset = V::offset(step);
-          lookup<kSharedBase + K::kPages * kPage + offset / kRow * kPage + offset % kRow>(
+          lookup<kSharedBase + S::kValueTable + offset / kRow * kPage + offset % kRow>(
               prmt(words[batch * V::kSteps + step], places.at(group.width, step - group.first), 0x7604 | token << 4),
               out);
         },
-        [&](auto batch_, int unit) {
-          refill<false, decltype(batch_)::value>(
-              words, unit + 1 < kValueUnit.per_tile ? codes + kValueUnit.words * 128 : next);
+        [&](auto batch_, auto step_, int unit) {
+          constexpr int word = decltype(batch_)::value * V::kSteps + decltype(step_)::value;
+          const uint8_t* after = unit + 1 < kValueUnit.per_tile ? codes + kValueUnit.words * 128 : next;
+          if (word % 4 == 3 && after != nullptr) fetch(words, word / 4, after);
         });
   }
 
-  // Sums the rotations' parts of a pair's numerators and writes them, [Rows][D].
-  __device__ void store_values(Outputs& o, float* to) const {
+  // Writes a pair's numerators, [4 rotations][Rows][D].
+  __device__ void store_values(const Outputs& o, float* to) const {
     const int r = n & 3, rh = n >> 2;
+    to += (r * S::Rows + rh) * S::D;
     static_for<V::kSteps>([&](auto step_) {
       constexpr int step = decltype(step_)::value;
       constexpr Group group = group_of(V::kSteps, step);
-      if constexpr (step == group.first) {
+      // Lane r holds subspace x of the group in step x ^ r.
+      const int first = 8 * group.first + group.width * 2 * c + ((step - group.first) ^ (r & (group.width - 1)));
 #pragma unroll
-        for (int qt = 0; qt < S::kTiles; qt++)
+      for (int qt = 0; qt < S::kTiles; qt++)
 #pragma unroll
-          for (int sub = 0; sub < kSubs; sub++)
+        for (int sub = 0; sub < kSubs; sub++)
 #pragma unroll
-            for (int e = 0; e < kParities; e++)
-#pragma unroll
-              for (int j = 0; j < 4; j++) {
-                // Lane r holds subspace x of the group in step x ^ r: an exchange with lanes r ^ 2 and r ^ 1 leaves it
-                // x = r.
-                float x = o[qt][step][sub][e][j];
-                if constexpr (group.width == 4) {
-                  float y = o[qt][step + 1][sub][e][j];
-                  x += __shfl_xor_sync(~0u, o[qt][step + 2][sub][e][j], 8);
-                  y += __shfl_xor_sync(~0u, o[qt][step + 3][sub][e][j], 8);
-                  x += __shfl_xor_sync(~0u, y, 4);
-                } else {
-                  x += __shfl_xor_sync(~0u, x, 8);
-                  float y = x;
-                  if constexpr (group.width == 2) {
-                    y = o[qt][step + 1][sub][e][j];
-                    y += __shfl_xor_sync(~0u, y, 8);
-                  }
-                  x += __shfl_xor_sync(~0u, y, 4);
-                }
-                if (r < group.width) {
-                  const int m = 8 * group.first + group.width * (2 * c + (j & 1)) + r;
-                  const int row = 4 * qt + rh + (S::Rows == 2 ? 0 : 2 * (j >> 1));
-                  const int channel = m * S::VD + 2 * sub + (S::Rows == 2 ? j >> 1 : e);
-                  to[row * S::D + channel] = x;
-                }
-              }
-      }
+          for (int j = 0; j < 2; j++) {
+            float2* at = reinterpret_cast<float2*>(to + 4 * qt * S::D + (first + j * group.width) * S::VD + 2 * sub);
+            const auto& x = o[qt][step][sub];
+            if constexpr (S::Rows == 2) {
+              at[0] = {x[0][j], x[0][j + 2]};
+            } else {
+              at[0] = {x[0][j], x[1][j]};
+              at[S::D] = {x[0][j + 2], x[1][j + 2]};  // row rh + 2: 2 D floats on
+            }
+          }
     });
   }
 
@@ -897,23 +914,50 @@ struct Block : RowBlock {
 
   // Merges the pairs of this block: the result if there is one split, else its part of it. A thread takes pairs of
   // channels.
+  static constexpr int kPart = 4 * S::Rows * S::D;  // numerators of a pair
   __device__ void finish(const float* numerators) const {
     constexpr int kLine = S::kLine;
+    float2* parts = reinterpret_cast<float2*>(shared + S::kPairs * kPart * sizeof(float));
     for (int i = threadIdx.x; i < rows * kLine; i += S::kThreads) {
       const int r = i / kLine, line = i % kLine;
       Merged row;
+#pragma unroll 2
+      for (int pair = 0; pair < S::kPairs; pair++) {
+        float2 x = {0.f, 0.f};
 #pragma unroll
-      for (int pair = 0; pair < S::kPairs; pair++)
-        row.add(scratch.ends[pair][r],
-                *reinterpret_cast<const float2*>(&numerators[(pair * S::Rows + r) * S::D + 2 * line]));
+        for (int rotation = 0; rotation < 4; rotation++) {
+          const float2 y =
+              *reinterpret_cast<const float2*>(&numerators[pair * kPart + (rotation * S::Rows + r) * S::D + 2 * line]);
+          x.x += y.x, x.y += y.y;
+        }
+        row.add(scratch.ends[pair][r], x);
+      }
       if (a.splits == 1) {
         row.store(a, scratch.rows[r].out, scratch.rows[r].lse, line);
+      } else if (a.clusters) {
+        parts[i] = row.x;
+        if (line == 0) scratch.merged[r] = {row.top, row.total};
       } else {
         const int64_t at = (head() * a.rows + row0 + r) * a.splits + blockIdx.x;
         reinterpret_cast<float2*>(a.partials)[at * kLine + line] = row.x;
         if (line == 0) ends_of(a)[at] = {row.top, row.total};
       }
     }
+#if __CUDA_ARCH__ >= 900
+    if (!a.clusters) return;
+    // The splits are a cluster: each merges its share, and leaves when no other reads its part any more.
+    cluster_sync();
+    const int share = (rows * kLine + a.splits - 1) / a.splits, begin = int(blockIdx.x) * share;
+    for (int i = begin + int(threadIdx.x); i < min(begin + share, rows * kLine); i += S::kThreads) {
+      const int r = i / kLine, line = i % kLine;
+      Merged row;
+#pragma unroll 4
+      for (int split = 0; split < a.splits; split++)
+        row.add(from_block(&scratch.merged[r], split), from_block(parts + i, split));
+      row.store(a, scratch.rows[r].out, scratch.rows[r].lse, line);
+    }
+    cluster_sync();
+#endif
   }
 
   // ---- the two kinds of warps ----
@@ -924,24 +968,26 @@ struct Block : RowBlock {
     return {tokens, now, int(min((int64_t(now) + 1) * tokens, int64_t(kMaxSlot)))};
   }
 
-  // All that this kernel reads was there before the kernel that prepares the queries began, but for what that one
-  // writes.
-  static __device__ void queries_are_there() {
+  // The values of a pair's first exact tokens.
+  __device__ void prefetch_exact(int pair) const {
+    if (first_group(pair) >= groups()) return;
+    const char* line = token(first_group(pair) * kGroup + (lane & 15)).v + (lane >> 4) * 128;
+    if (lane < 16 || S::D > 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+  }
+
+  // Of the tiles a pair begins with.
+  __device__ void prefetch_first() const {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    const Run tiles = run(warp % S::kPairs);
+    const int count = min(tiles.end - tiles.begin, kAhead);
+    if (count > 0 && lane == 0)
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(codes(tiles)),
+                   "r"(count * (warp < S::kPairs ? kKeyTile : kValueTile))
+                   : "memory");
 #endif
   }
-  __device__ void tables_are_there() const { barrier_wait(&scratch.tables, 0); }
 
-  __device__ void score(int pair) const {
-    const Run tiles = run(pair);
-    const uint8_t* at = codes(tiles);
-    Words words;
-    if (tiles.begin < tiles.end) {
-#pragma unroll
-      for (int i = 0; i < kKeyUnit.words / 4; i++) fetch(words, i, at);
-      for (int i = 0; i < kAhead && tiles.begin + i < tiles.end; i++) prefetch(at + i * kKeyTile, kKeyTile, lane);
-    }
+  __device__ void score(int pair, const Prepared& prepared) const {
     Softmax state;
 #pragma unroll
     for (int rr = 0; rr < S::kLaneRows; rr++)
@@ -954,16 +1000,25 @@ struct Block : RowBlock {
       exact_scores(group, q, s);
       publish(s, state, pair, it);
     }
-    queries_are_there();
-    load_magnitude(state.magnitude);
-    Frame frame = first_frame(tiles);
-    if (tiles.begin < tiles.end) load_query(frame.now, q);
-    tables_are_there();
-    const Places<K> places(n, c);
-    for (int tile = tiles.begin; tile < tiles.end; tile++, it++, at += kKeyTile) {
-      if (tile + kAhead < tiles.end) prefetch(at + kAhead * kKeyTile, kKeyTile, lane);
-      coded_scores(tile, tile + 1 < tiles.end, at, words, places, frame, q, s);
-      publish(s, state, pair, it);
+    const Run tiles = run(pair);
+    prefetch_first();
+    barrier_wait(&scratch.k_table, 0);  // even if there are no codes: the table must be there before it is overwritten
+    barrier_wait(&scratch.queries, 0);
+    if (tiles.begin < tiles.end) {
+      const uint8_t* at = codes(tiles);
+      Words words;
+#pragma unroll
+      for (int i = 0; i < kKeyUnit.words / 4; i++) fetch(words, i, at);
+#pragma unroll
+      for (int rr = 0; rr < S::kLaneRows; rr++) state.magnitude[rr] = scratch.magnitude[lane_row(rr)];
+      Frame frame = first_frame(tiles);
+      load_query(frame.now, prepared, q);
+      const Places<K> places(n, c, shared_address(shared) - kSharedBase);
+      for (int tile = tiles.begin; tile < tiles.end; tile++, it++, at += kKeyTile) {
+        if (tile + kAhead < tiles.end) prefetch(at + kAhead * kKeyTile, kKeyTile, lane);
+        coded_scores(tile, tile + 1 < tiles.end, at, words, places, prepared, frame, q, s);
+        publish(s, state, pair, it);
+      }
     }
 #pragma unroll
     for (int rr = 0; rr < S::kLaneRows; rr++) {
@@ -974,21 +1029,21 @@ struct Block : RowBlock {
   }
 
   __device__ void weigh(int pair, Outputs& o) const {
-    const Run tiles = run(pair);
-    const uint8_t* at = codes(tiles);
-    for (int i = 0; i < kAhead && tiles.begin + i < tiles.end; i++) prefetch(at + i * kValueTile, kValueTile, lane);
-    Words words;
-    if (tiles.begin < tiles.end)
-#pragma unroll
-      for (int i = 0; i < kValueUnit.words / 4; i++) fetch(words, i, at);
     zero(o);
     int it = 0;
     for (int group = first_group(pair); group < groups(); group += group_step(), it++) exact_values(group, o, pair, it);
-    tables_are_there();
-    const Places<V> places(n, c);
-    for (int tile = tiles.begin; tile < tiles.end; tile++, it++, at += kValueTile) {
-      if (tile + kAhead < tiles.end) prefetch(at + kAhead * kValueTile, kValueTile, lane);
-      coded_values(o, pair, it, tile + 1 < tiles.end, at, words, places);
+    const Run tiles = run(pair);
+    barrier_wait(&scratch.v_table, 0);
+    if (tiles.begin < tiles.end) {
+      const uint8_t* at = codes(tiles);
+      Words words;
+#pragma unroll
+      for (int i = 0; i < kValueUnit.words / 4; i++) fetch(words, i, at);
+      const Places<V> places(n, c, shared_address(shared) - kSharedBase);
+      for (int tile = tiles.begin; tile < tiles.end; tile++, it++, at += kValueTile) {
+        if (tile + kAhead < tiles.end) prefetch(at + kAhead * kValueTile, kValueTile, lane);
+        coded_values(o, pair, it, tile + 1 < tiles.end, at, words, places);
+      }
     }
   }
 };
@@ -997,41 +1052,87 @@ struct Block : RowBlock {
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_constant__ Attention a) {
   extern __shared__ __align__(1024) char shared[];
-  if (shared_address(shared) != kSharedBase) __trap();  // the host checked that it is so
+  // The host checked that it is so; the upper byte is the block's rank in its cluster.
+  if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   const Block<S> block(a, shared);
-  block.describe();
-  if (threadIdx.x < S::kPairs * 2) {
-    barrier_init(&block.scratch.full[0][0] + threadIdx.x, 1);
-    barrier_init(&block.scratch.empty[0][0] + threadIdx.x, 1);
-  } else if (threadIdx.x == S::kPairs * 2) {
-    barrier_init(&block.scratch.tables, S::kThreads);
+  const bool scores = block.warp < S::kPairs;
+  const int pair = scores ? block.warp : block.warp - S::kPairs;
+  // T^-1 lies where the table of values comes when the queries are prepared.
+  char* const v_table = shared + S::kValueTable;
+  float* const inverse = reinterpret_cast<float*>(v_table);
+  static_assert(S::D * S::D * sizeof(float) <= S::V::kBytes);
+  if (scores) {
+    block.describe();
+    block.load_queries();
+    if (block.lane == 0) {
+      for (int i = 0; i < 2; i++) {
+        barrier_init(&block.scratch.full[pair][i], kArrivals);
+        barrier_init(&block.scratch.empty[pair][i], kArrivals);
+      }
+      if (pair == S::kPairs - 1) {
+        barrier_init(&block.scratch.k_table, Block<S>::template arrivals<typename S::K>());
+        barrier_init(&block.scratch.v_table, Block<S>::template arrivals<typename S::V>());
+        barrier_init(&block.scratch.queries, S::kHalf);
+      }
+    }
+    bulk_fence();
+  } else {
+    if (a.layer.transform != nullptr) block.load_inverse(inverse);
+    const int i = threadIdx.x - S::kHalf;
+    if (a.layer.inv_freq != nullptr && i < a.layer.half) block.scratch.frequencies[i] = __ldg(a.layer.inv_freq + i);
+    if (i < S::Rows * kTile / 8) reinterpret_cast<uint4*>(block.scratch.zeros)[i] = uint4{};
   }
-  Block<S>::template load_table<typename S::K>(block.codebook(a.layer.k), shared);
-  Block<S>::template load_table<typename S::V>(block.codebook(a.layer.v), shared + S::K::kPages * kPage);
   __syncthreads();
-  barrier_arrive_after_copies(&block.scratch.tables);
+  const Frames frames = block.scratch.frames;
+  const typename Block<S>::Prepared prepared = block.prepared(frames);
   float* numerators = reinterpret_cast<float*>(shared);  // [kPairs][Rows][D], when the tables are done with
-  if (block.warp < S::kPairs) {
-    block.score(block.warp);
+  if (scores) {
+    Block<S>::template load_table<typename S::K>(block.codebook(a.layer.k), shared, &block.scratch.k_table);
+    block.score(pair, prepared);
     __syncthreads();
   } else {
-    const int pair = block.warp - S::kPairs;
+    block.prefetch_exact(pair);
+    block.prepare(frames, prepared, inverse);
+    barrier_arrive(&block.scratch.queries);
+    block.prefetch_first();
+    bulk_fence();
+    asm volatile("bar.sync 1, %0;" ::"n"(S::kHalf) : "memory");  // all have read T^-1
+    Block<S>::template load_table<typename S::V>(block.codebook(a.layer.v), v_table, &block.scratch.v_table);
     typename Block<S>::Outputs o;
     block.weigh(pair, o);
     __syncthreads();
-    block.store_values(o, numerators + pair * S::Rows * S::D);
+    block.store_values(o, numerators + pair * Block<S>::kPart);
   }
   __syncthreads();
   block.finish(numerators);
 }
 
+// Whether the splits of a row can be clusters that merge by themselves: if as many fit at once as blocks do.
 template <class S>
-cudaError_t attend(const Attention& a, cudaStream_t stream) {
+bool clusters_fit(cudaLaunchConfig_t config, int splits) {
+  static std::atomic<int> known[kMaxCluster + 1];  // 0: not asked yet
+  if (splits > kMaxCluster) return false;
+  if (known[splits] == 0) {
+    int most = 0, device = 0, blocks = 0;
+    const auto error = cudaOccupancyMaxActiveClusters(&most, attend_kernel<S>, &config);
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) cudaGetLastError();  // clears it
+    known[splits] = error == cudaSuccess && most >= blocks / splits ? 1 : -1;
+  }
+  return known[splits] > 0;
+}
+
+template <class S>
+cudaError_t attend(const Attention& given, cudaStream_t stream) {
   constexpr int kShared = S::kTableBytes + sizeof(Scratch<S>);
-  static_assert(sizeof(Scratch<S>) <= kScratch && S::kPairs * S::Rows * S::D * sizeof(float) <= S::kTableBytes);
+  static_assert(sizeof(Scratch<S>) <= kScratch &&
+                S::kPairs * Block<S>::kPart * sizeof(float) + S::Rows * S::kLine * sizeof(float2) <= S::kTableBytes);
+  Attention a = given;
   const auto kernel = attend_kernel<S>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) != cudaSuccess)
     return cudaGetLastError();  // and clears it
@@ -1040,12 +1141,23 @@ cudaError_t attend(const Attention& a, cudaStream_t stream) {
   config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = kShared;
   config.stream = stream;
-  cudaLaunchAttribute early;  // start, and load tables, while the queries are being prepared
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = a.overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, a);
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {unsigned(a.splits), 1, 1};
+  config.numAttrs = 1;
+  if (a.overlap && a.splits > 1) {
+    if (a.splits > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    a.clusters = clusters_fit<S>(config, a.splits);
+  }
+  config.numAttrs = a.clusters ? 1 : 0;
+  if (a.overlap) {  // start before the memory of the kernel before is flushed
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, a);
+  if (error == cudaSuccess && a.splits > 1 && !a.clusters) error = merge(a, stream);
+  return error;
 }
 
 template <int D, int KD, int VD>

@@ -17,6 +17,9 @@ const Instance* instances_64();
 const Instance* instances_96();
 const Instance* instances_128();
 
+// Merges what the splits of a launch have left in `partials`.
+cudaError_t merge(const Attention&, cudaStream_t);
+
 // Null if there is none.
 const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim);
 

@@ -171,12 +171,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   a.rows = int(block * G);
   a.splits = splits_for(a, (a.rows + 7) / 8);
   const auto floats = [&](int64_t count) { return torch::stable::new_empty(q, {count}, ScalarType::Float); };
-  Tensor prepared =
-      floats(tensor_cores ? layer.B * layer.H * tiles * (a.frames * 2 * layer.D + 4) : query_floats * block);
+  Tensor prepared = floats(tensor_cores ? layer.B * layer.H * tiles * a.frames * 2 * layer.D : query_floats * block);
   Tensor partials = floats(layer.B * heads * block * a.splits * (layer.D + 2));
   a.prepared = prepared.mutable_data_ptr();
   a.partials = static_cast<float*>(partials.mutable_data_ptr());
-  a.magnitudes = static_cast<float*>(a.prepared) + layer.B * layer.H * a.frames * tiles * 2 * layer.D;
   a.overlap = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   for (int64_t first = 0; first < layer.n; first += block) {
     a.query0 = int(first);

@@ -23,8 +23,8 @@ struct Attention {
   float* partials;  // [B, H, rows, splits, D + 2]: numerator, reference maximum (log2), denominator
 
   // Tensor core kernel only.
-  float* magnitudes;  // [B, H, tiles of 4 rows, 4]
-  bool overlap;       // the GPU can start a kernel before the one it depends on has ended
+  bool overlap;   // the GPU can start a kernel before the one it depends on has ended
+  bool clusters;  // the splits of a row are a cluster and merge by themselves
 };
 
 struct Encode {
@@ -43,7 +43,7 @@ struct Decode {
   void* out;  // [B, H, T, S * d]
 };
 
-constexpr int kScratch = 35 << 10;  // shared memory of the tensor core kernel beside its tables, at most
+constexpr int kScratch = 34 << 10;  // shared memory of the tensor core kernel beside its tables, at most
 
 // Each launches on `stream` and returns cudaGetLastError(). head_dim: a multiple of 8, at most 256.
 cudaError_t encode_launch(const Encode&, cudaStream_t);

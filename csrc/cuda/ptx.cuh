@@ -1,0 +1,149 @@
+// Instructions that CUDA C++ has no name for, one small function each. sm_90 where it says so, else sm_80.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace million {
+namespace mma {
+
+__device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// Reads of tables are no `volatile`: the compiler may interleave them. What keeps them behind the barrier that fills
+// the tables is that lane places pass through `opaque` after it.
+template <int Imm, int Words>
+__device__ __forceinline__ void lookup(uint32_t address, uint32_t (&out)[Words]) {
+  if constexpr (Words == 1)
+    asm("ld.shared.b32 %0, [%1+%2];" : "=r"(out[0]) : "r"(address), "n"(Imm));
+  else if constexpr (Words == 2)
+    asm("ld.shared.v2.b32 {%0,%1}, [%2+%3];" : "=r"(out[0]), "=r"(out[1]) : "r"(address), "n"(Imm));
+  else
+    asm("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4+%5];"
+        : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+        : "r"(address), "n"(Imm));
+}
+
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x)::"memory");
+  return x;
+}
+
+__device__ __forceinline__ uint4 load_codes(const uint8_t* at) {
+  uint4 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "l"(at));
+  return r;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// The A operand of 16 rows x 16 depths of fp16 in shared memory; `row` is that of lane % 16, at depth 8 (lane / 16).
+__device__ __forceinline__ void load_operand(const __half* row, uint32_t (&a)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(shared_address(row)));
+}
+
+__device__ __forceinline__ void split(float x, __half& rounded, __half& rest) {
+  rounded = __float2half_rn(x), rest = __float2half_rn(x - __half2float(rounded));
+}
+
+// Two numbers as fp16, and what the rounding lost.
+__device__ __forceinline__ void split(float x, float y, uint32_t& rounded, uint32_t& rest) {
+  const __half2 r = __floats2half2_rn(x, y);
+  const float2 back = __half22float2(r);
+  const __half2 l = __floats2half2_rn(x - back.x, y - back.y);
+  rounded = reinterpret_cast<const uint32_t&>(r), rest = reinterpret_cast<const uint32_t&>(l);
+}
+
+// Cosine and sine, to 1e-6 up to angles of 2^24: full turns are taken off in three steps, each exact, of 2 pi as a sum
+// of three numbers.
+__device__ __forceinline__ float2 turn_of(float angle) {
+  const float turns = rintf(angle * 0.15915494f);
+  float rest = fmaf(-turns, 6.28125f, angle);
+  rest = fmaf(-turns, 0.0019353072f, rest);
+  rest = fmaf(-turns, 1.0253132e-11f, rest);
+  return {__cosf(rest), __sinf(rest)};
+}
+
+__device__ __forceinline__ void mma_dense(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// Arrives when the thread's asynchronous copies so far are there.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Arrives, and waits for so many bytes of bulk copies as well.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_copy(char* to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+// What lies at `at` in the shared memory of another block of the cluster.
+__device__ __forceinline__ float2 from_block(const float2* at, int block) {
+  float2 x = {0.f, 0.f};
+#if __CUDA_ARCH__ >= 900
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(block));
+  asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(there) : "memory");
+#endif
+  return x;
+}
+// Between ordinary accesses to shared memory and bulk copies to it.
+__device__ __forceinline__ void bulk_fence() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int phase) {
+  uint32_t done;
+  do {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(phase)
+                 : "memory");
+#else
+    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(phase)
+                 : "memory");
+#endif
+  } while (!done);
+}
+
+}  // namespace mma
+}  // namespace million
