@@ -240,6 +240,8 @@ class Codebooks:
                 "provenance": self.provenance,
             }
             (staging / CONFIG_NAME).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+            # safetensors makes its file readable by its owner alone; this one obeys the umask.
+            (staging / TENSORS_NAME).chmod((staging / CONFIG_NAME).stat().st_mode & 0o777)
             names = [TENSORS_NAME, CONFIG_NAME]
             if may_write_card(directory):
                 (staging / CARD_NAME).write_text(model_card(self), encoding="utf-8")

@@ -90,6 +90,14 @@ def test_round_trip(books, saved):
             assert torch.equal(getattr(again.report[i], name), tensor)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such permissions")
+def test_whoever_may_read_one_file_may_read_the_other(saved):
+    modes = {(saved / name).stat().st_mode & 0o777 for name in (CONFIG_NAME, TENSORS_NAME)}
+    before = os.umask(0)
+    os.umask(before)
+    assert modes == {0o666 & ~before}
+
+
 def test_layers_may_share_a_tensor(books, tmp_path):
     books.layers[1] = replace(books.layers[1], inv_freq=books.layers[0].inv_freq, frame_tokens=64)
     books.save_pretrained(tmp_path / "shared")
