@@ -328,7 +328,8 @@ def compare(
         ),
     ] = None,
     codebooks: Annotated[
-        list[str] | None, typer.Option(help="Ours to score (again for more). Default: calibrate every preset.")
+        list[str] | None,
+        typer.Option(help="Ours to score (again for more), `none` for none. Default: calibrate every preset."),
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 text. Default: the text in the package.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text to score. Default: the one in the package.")] = None,
@@ -346,7 +347,8 @@ def compare(
 
         if not out.parent.is_dir():
             raise ValueError(f"cannot write {out}: there is no directory {out.parent}")
-        books = [(f"million {name}", x) for name, x in _named_codebooks(codebooks or ()).items()]
+        named = _named_codebooks([] if codebooks == ["none"] else codebooks or ())
+        books = [(f"million {name}", x) for name, x in named.items()]
         loaded, tokenizer = _load(model, device, dtype)
         run_comparison(
             loaded,
