@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -295,7 +296,8 @@ def evaluate_tasks(
         tasks, lengths, depths, samples, seed: see `make_examples`; each task at each length.
 
     Returns:
-        What the JSON file holds: the settings, ``summary`` by task and length, ``needle`` by length and depth, and ``rows``.
+        What the JSON file holds: the settings, ``summary`` by task and length, ``all_lengths`` by task, ``needle`` by length and
+        depth, and ``rows``.
 
     Raises:
         UserError: an unknown task, or impossible lengths, depths or windows.
@@ -315,6 +317,7 @@ def evaluate_tasks(
         raise UserError(str(error)) from error
     tables = {
         "summary": summary(rows),
+        "all_lengths": summary(rows, ("task",)),
         "needle": summary([r for r in rows if r["task"] == "needle"], ("length", "depth")),
     }
     for row in rows:
@@ -346,11 +349,11 @@ def evaluate_tasks(
 
 def tasks_table(result: dict[str, Any]) -> Table:
     """The result of `evaluate_tasks` for a terminal: one row a task, length and cache."""
-    table = Table(title=f"Answered through the decode path, {result['model']}")
+    table = Table(title=f"Answered through the decode path, {result['model']}", box=SIMPLE, padding=(0, 1, 0, 0))
     for column in _TASK_COLUMNS:
         name = column in ("task", "cache")
-        table.add_column(column, justify="left" if name else "right", overflow="fold", min_width=9 if name else None)
-    for cells in _task_cells(result["summary"]):
+        table.add_column(column, justify="left" if name else "right", no_wrap=name)
+    for cells in _task_cells(result["summary"] + result["all_lengths"]):
         table.add_row(*cells)
     return table
 
@@ -361,7 +364,7 @@ _TASK_COLUMNS = ("task", "tokens", "cache", "n", "accuracy", "log p", "change", 
 def _task_cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
-            r["task"], str(r["length"]), r["cache"], str(r["questions"]), f"{r['accuracy']:.3f}", f"{r['logprob']:.3f}",
+            r["task"], str(r.get("length", "all")), r["cache"], str(r["questions"]), f"{r['accuracy']:.3f}", f"{r['logprob']:.3f}",
             *(("", "", "") if r["cache"] == "dense" else (f"{r['logprob_change']:+.3f}", str(r["flips"]), f"{r['same']:.3f}")),
         )
         for r in rows
@@ -382,7 +385,7 @@ def tasks_markdown(result: dict[str, Any]) -> str:
         "",
         f"| {' | '.join(_TASK_COLUMNS)} |",
         "| " + " | ".join("---" for _ in _TASK_COLUMNS) + " |",
-        *(f"| {' | '.join(cells)} |" for cells in _task_cells(result["summary"])),
+        *(f"| {' | '.join(cells)} |" for cells in _task_cells(result["summary"] + result["all_lengths"])),
     ]  # fmt: skip
     if result["needle"]:
         found = {(r["length"], r["depth"], r["cache"]): r for r in result["needle"]}

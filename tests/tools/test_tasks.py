@@ -238,6 +238,7 @@ def test_tasks_writes_its_files(million, model_dir, books_dir, tmp_path):
     assert all(r["answer"][1:].isdigit() for r in got["rows"])
     written = (tmp_path / "tasks.md").read_text()
     assert "| needle | 400 | tiny-1bit | 2 |" in written and "| 500 | dense |" in written
+    assert "| lookup | all | tiny-1bit | 8 |" in written
     assert "needle" in result.stdout and "tiny-1bit" in result.stdout
     assert {x.name for x in tmp_path.iterdir()} == {"tasks.json", "tasks.md"}
 
