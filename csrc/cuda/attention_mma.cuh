@@ -397,6 +397,7 @@ struct Block : RowBlock {
 #pragma unroll 2
     for (int i = (threadIdx.x - S::kHalf) * 4; i < S::D * S::D; i += S::kHalf * 4)
       __pipeline_memcpy_async(to + inverse_at(i / S::D, i % S::D), from + i, 16);
+    __pipeline_commit();
   }
 
   // The block's queries, divided by a power of two so that fp16 neither overflows nor loses small ones. A warp a row.
@@ -1104,6 +1105,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
     Block<S>::template load_table<typename S::V>(block.codebook(a.layer.v), v_table, &block.scratch.v_table);
     typename Block<S>::Outputs o;
     block.weigh(pair, o);
+    barrier_wait(&block.scratch.k_table, 0);  // which the numerators overwrite
     __syncthreads();
     block.store_values(o, numerators + pair * Block<S>::kPart);
   }

@@ -32,6 +32,15 @@ __device__ __forceinline__ void store(void* data, int64_t i, float x, DType dtyp
     static_cast<__half*>(data)[i] = __float2half_rn(x);
 }
 
+__device__ __forceinline__ void store_pair(void* data, int64_t i, float2 x, DType dtype) {
+  if (dtype == DType::f32)
+    static_cast<float2*>(data)[i] = x;
+  else if (dtype == DType::bf16)
+    static_cast<__nv_bfloat162*>(data)[i] = __floats2bfloat162_rn(x.x, x.y);
+  else
+    static_cast<__half2*>(data)[i] = __floats2half2_rn(x.x, x.y);
+}
+
 // Slot of the forward's first new token.
 __device__ __forceinline__ int64_t first_slot(const Layer& a) {
   return min(max(a.clock[0], -kFarSlot), kFarSlot) + a.offset;

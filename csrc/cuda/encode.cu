@@ -20,18 +20,20 @@
 namespace million {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kTokens = 64;    // tokens of a block
 constexpr int kPerThread = 8;  // tokens that share a thread's centroid loads
 constexpr int kBlock = 4;      // centroids of the first pass's blocks
 
-// Centroid c of a subspace. `codebook`: of the head, from the subspace on.
+// Centroid c of a subspace. `codebook`: of the head, from the subspace on. The loads are of what no kernel writes
+// (`ldg`), so that they need not wait for stores of codes.
 template <int d>
 __device__ __forceinline__ void load_centroid(const __half* codebook, int c, int S, float (&centroid)[d]) {
-  const __half2* at = reinterpret_cast<const __half2*>(codebook + int64_t(c) * S * d);
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(codebook) + c * S * (d / 2);
 #pragma unroll
   for (int j = 0; j < d / 2; j++) {
-    const float2 pair = __half22float2(at[j]);
+    const uint32_t word = __ldg(words + j);
+    const float2 pair = __half22float2(reinterpret_cast<const __half2&>(word));
     centroid[2 * j] = pair.x, centroid[2 * j + 1] = pair.y;
   }
 }
@@ -85,27 +87,31 @@ __device__ void nearest(const float* x, int tokens, int D, const __half* codeboo
         best[t] = fminf(best[t], nearest[t]);
       }
     }
-#pragma unroll
-    for (int t = 0; t < kPerThread; t++) {
-      if (first + t >= tokens) break;
-      float length = 0.f;
-#pragma unroll
-      for (int j = 0; j < d; j++) length = fmaf(point[t][j], point[t][j], length);
-      // What rounding may have moved the two values by. Not so for NaN either: then every centroid is compared.
-      const float doubt = (d + 2) * 0x1p-22f * (widest + 2.f * sqrtf(length * widest));
-      const bool sure = second[t] - best[t] > doubt;
-      const int begin = sure ? block[t] : 0, end = sure ? begin + kBlock : kCentroids;
+    const auto compare = [&](int t, int begin, int end, int& code) {
       float least = INFINITY;
-      int code = 0;
-#pragma unroll 4
+#pragma unroll kBlock
       for (int c = begin; c < end; c++) {
         float centroid[d];
         load_centroid<d>(mine, c, S, centroid);
         const float distance = distance_to<d>(point[t], centroid);
         if (distance < least) least = distance, code = c;
       }
-      write(first + t, m, static_cast<uint8_t>(code));
+    };
+    int code[kPerThread] = {};
+#pragma unroll
+    for (int t = 0; t < kPerThread; t++) compare(t, block[t], block[t] + kBlock, code[t]);
+#pragma unroll
+    for (int t = 0; t < kPerThread; t++) {
+      float length = 0.f;
+#pragma unroll
+      for (int j = 0; j < d; j++) length = fmaf(point[t][j], point[t][j], length);
+      // What rounding may have moved the two values by. Not so for NaN either: then every centroid is compared.
+      const float doubt = (d + 2) * 0x1p-22f * (widest + 2.f * sqrtf(length * widest));
+      if (!(second[t] - best[t] > doubt)) code[t] = 0, compare(t, 0, kCentroids, code[t]);
     }
+#pragma unroll
+    for (int t = 0; t < kPerThread; t++)
+      if (first + t < tokens) write(first + t, m, static_cast<uint8_t>(code[t]));
   }
 }
 
@@ -123,8 +129,11 @@ __global__ void __launch_bounds__(kThreads, 2) encode_kernel(const Encode a) {
   extern __shared__ float x[];  // [kTokens, D]
   const int b = blockIdx.y / a.H, h = blockIdx.y % a.H, first = blockIdx.x * kTokens;
   const int tokens = min(kTokens, a.T - first);
-  for (int i = threadIdx.x; i < tokens * a.D; i += kThreads)
-    x[i] = load(a.x.at(b, h, first + i / a.D), i % a.D, a.dtype);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll 4
+  for (int t = warp; t < tokens; t += kWarps)
+    for (int c = lane; c < a.D / 2; c += kWarp)
+      *reinterpret_cast<float2*>(&x[t * a.D + 2 * c]) = load_pair(a.x.at(b, h, first + t), c, a.dtype);
   __syncthreads();
   uint8_t* codes = a.book.codes + (int64_t(blockIdx.y) * a.T + first) * a.book.S;
   nearest(x, tokens, a.D, a.book, h, [&](int t, int m, uint8_t code) { codes[t * a.book.S + m] = code; });
@@ -141,9 +150,11 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const Decode a) {
   }
 }
 
-// y[t] = T x[t]: a thread forms one channel of kSums tokens, T comes in slices of kSlice columns.
-constexpr int kSlice = 32, kSums = 32;
+// y[t] = T x[t]: a thread forms one channel of kSums tokens, T comes in slices of kSlice columns. x has kTokens rows,
+// of which those from `tokens` on may be anything.
+constexpr int kSlice = 32, kSums = 32, kMaxPairs = 4;  // of channels that turn together, a lane: head_dim up to 256
 __device__ void transform_tokens(const float* transform, const float* x, float* y, int tokens, int D, float* slice) {
+  static_assert(kTokens % kSums == 0);
   const int channels = min(D, kThreads), groups = kThreads / channels;
   const int c = threadIdx.x % channels, group = threadIdx.x / channels;
   for (int first = 0; first < tokens; first += groups * kSums) {
@@ -156,14 +167,13 @@ __device__ void transform_tokens(const float* transform, const float* x, float* 
         if (i % kSlice < columns)
           slice[i / kSlice * (kSlice + 1) + i % kSlice] = transform[int64_t(i / kSlice) * D + j0 + i % kSlice];
       __syncthreads();
-      if (group >= groups) continue;
+      if (group >= groups || mine >= tokens) continue;
       for (int j = 0; j < columns; j += 4) {
         float t[4];
 #pragma unroll
         for (int u = 0; u < 4; u++) t[u] = slice[c * (kSlice + 1) + j + u];
 #pragma unroll
         for (int s = 0; s < kSums; s++) {
-          if (mine + s >= tokens) break;
           const float4 v = *reinterpret_cast<const float4*>(x + (mine + s) * D + j0 + j);
           sums[s] = fmaf(t[0], v.x, fmaf(t[1], v.y, fmaf(t[2], v.z, fmaf(t[3], v.w, sums[s]))));
         }
@@ -188,28 +198,47 @@ __global__ void __launch_bounds__(kThreads, 2) append_kernel(const Layer a) {
   const int start = a.start[b];
   void* ring = keys ? a.k_ring : a.v_ring;
   void* sinks = keys ? a.k_sinks : a.v_sinks;
-  for (int i = threadIdx.x; i < tokens * D; i += kThreads) {
-    const int t = i / D, c = i % D;
-    const float value = load(source.at(b, h, first + t), c, a.dtype);
-    x[i] = value;
+  // A warp a token, a lane some pairs of channels: as they lie, then those that turn together.
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int half = keys && a.inv_freq != nullptr ? int(a.half) : 0;
+  float2 turn[kMaxPairs];
+  int64_t turned = -1;  // frame of `turn`
+#pragma unroll 2
+  for (int t = warp; t < tokens; t += kWarps) {
+    const char* from = source.at(b, h, first + t);
+    float* to = x + t * D;
     const int64_t slot = slot0 + t, rank = slot - start;
-    if (slot < 0) continue;
     // A chunk longer than the ring leaves its last R tokens; the others would race with them for the same place.
-    if (R > 0 && first + t >= n - R) store(ring, (head * R + slot % R) * D + c, value, a.dtype);
-    if (rank >= 0 && rank < a.N) store(sinks, (head * a.N + rank) * D + c, value, a.dtype);
+    const bool recent = slot >= 0 && R > 0 && first + t >= n - R, sink = slot >= 0 && rank >= 0 && rank < a.N;
+    for (int c = lane; c < D / 2; c += kWarp) {
+      const float2 value = load_pair(from, c, a.dtype);
+      *reinterpret_cast<float2*>(to + 2 * c) = value;
+      if (recent) store_pair(ring, (head * R + slot % R) * (D / 2) + c, value, a.dtype);
+      if (sink) store_pair(sinks, (head * a.N + rank) * (D / 2) + c, value, a.dtype);
+    }
+    if (half == 0) continue;
+    const int64_t frame = max(slot, int64_t(0)) / a.frame_tokens;
+    if (frame != turned) {
+      const float position = static_cast<float>(frame_position(a, b, frame));
+#pragma unroll
+      for (int i = 0; i < kMaxPairs; i++)
+        if (lane + i * kWarp < half) sincosf(-position * a.inv_freq[lane + i * kWarp], &turn[i].y, &turn[i].x);
+      turned = frame;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kMaxPairs; i++) {
+      const int pair = lane + i * kWarp;
+      if (pair >= half) continue;
+      float& u = to[a.interleaved ? 2 * pair : pair];
+      float& v = to[a.interleaved ? 2 * pair + 1 : pair + half];
+      const float2 before = {u, v};
+      u = before.x * turn[i].x - before.y * turn[i].y, v = before.y * turn[i].x + before.x * turn[i].y;
+    }
   }
   __syncthreads();
-  if (keys && a.inv_freq != nullptr) {
-    float* y = shared + kTokens * D;
-    for (int i = threadIdx.x; i < tokens * D; i += kThreads) {
-      const int64_t slot = max(slot0 + i / D, int64_t(0));
-      y[i] = frame_channel(a, x + i / D * D, i % D, frame_position(a, b, slot / a.frame_tokens));
-    }
-    __syncthreads();
-    x = y;
-  }
   if (keys && a.transform != nullptr) {
-    float* y = x == shared ? shared + kTokens * D : shared;
+    float* y = shared + kTokens * D;
     const float* transform = a.transform + int64_t(h) * D * D;
     transform_tokens(transform, x, y, tokens, D, shared + 2 * kTokens * D);
     __syncthreads();
