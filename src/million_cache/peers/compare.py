@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from million_cache.codebook import Codebooks
 from million_cache.config import PRESETS, PQConfig
 from million_cache.evaluate import evaluate
-from million_cache.loading import UserError, atomic_path, contexts
+from million_cache.loading import UserError, atomic_path, contexts, origin
 from million_cache.peers import EQUAL, PEERS
 from million_cache.peers.harness import evaluate_peers, record
 from million_cache.programs import calibrate_text
@@ -116,6 +116,8 @@ def compare(
     if codebooks is None:
         presets = [PQConfig.preset(p) for p in PRESETS]
         found = calibrate_text(model, tokenizer, calibration[1], calibration[0], presets, tokens, context)
+        for books in found:
+            books.provenance |= {"model": name, **origin(name)}
         codebooks = zip((f"million {p}" for p in PRESETS), found)
     for title, books in codebooks:
         done({"peer": title, **_ours(evaluate(model, books, test), books)})
