@@ -12,6 +12,7 @@
 // Few tokens (decode), where every wait counts: a block takes 32 channels of one token, so that the rows of T it needs
 // and the centroids of its subspaces are each loaded at once.
 #include <algorithm>
+#include <type_traits>
 
 #include "../common/pq_layout.h"
 #include "../common/shapes.h"
@@ -23,13 +24,11 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kTokens = 64;    // tokens of a block
 constexpr int kPerThread = 8;  // tokens that share a thread's centroid loads
-constexpr int kBlock = 4;      // centroids of the first pass's blocks
 
-// Centroid c of a subspace. `codebook`: of the head, from the subspace on. The loads are of what no kernel writes
-// (`ldg`), so that they need not wait for stores of codes.
+// The centroid at `words`. The loads are of what no kernel writes (`ldg`), so that they need not wait for stores of
+// codes.
 template <int d>
-__device__ __forceinline__ void load_centroid(const __half* codebook, int c, int S, float (&centroid)[d]) {
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(codebook) + c * S * (d / 2);
+__device__ __forceinline__ void load_centroid(const uint32_t* words, float (&centroid)[d]) {
 #pragma unroll
   for (int j = 0; j < d / 2; j++) {
     const uint32_t word = __ldg(words + j);
@@ -49,34 +48,37 @@ __device__ __forceinline__ float distance_to(const float (&x)[d], const float (&
 // Codes of the tokens x [tokens, D] fp32 in shared memory; `write(token, subspace, code)` stores one.
 template <int d, class Write>
 __device__ void nearest(const float* x, int tokens, int D, const __half* codebook, int S, const Write& write) {
+  constexpr int kBlock = d == 2 ? 8 : 4;  // centroids that the second pass compares
   const int groups = (tokens + kPerThread - 1) / kPerThread;
   for (int item = threadIdx.x; item < groups * S; item += kThreads) {
     const int m = item % S, first = item / S * kPerThread;
-    const __half* mine = codebook + m * d;
-    float point[kPerThread][d], best[kPerThread], second[kPerThread], widest = 0.f;
+    const uint32_t* mine = reinterpret_cast<const uint32_t*>(codebook + m * d);
+    const int stride = S * (d / 2);  // words from a centroid to the next
+    float scaled[kPerThread][d], best[kPerThread], second[kPerThread], widest = 0.f;
     int block[kPerThread];
 #pragma unroll
     for (int t = 0; t < kPerThread; t++) {
       best[t] = second[t] = INFINITY, block[t] = 0;
 #pragma unroll
-      for (int j = 0; j < d; j++) point[t][j] = x[min(first + t, tokens - 1) * D + m * d + j];
+      for (int j = 0; j < d; j++) scaled[t][j] = -2.f * x[min(first + t, tokens - 1) * D + m * d + j];
     }
+    const uint32_t* at = mine;
     for (int c0 = 0; c0 < kCentroids; c0 += kBlock) {
       float nearest[kPerThread];
 #pragma unroll
       for (int t = 0; t < kPerThread; t++) nearest[t] = INFINITY;
 #pragma unroll 4
-      for (int c = c0; c < c0 + kBlock; c++) {
+      for (int c = 0; c < kBlock; c++, at += stride) {
         float centroid[d], square = 0.f;
-        load_centroid<d>(mine, c, S, centroid);
+        load_centroid<d>(at, centroid);
 #pragma unroll
-        for (int j = 0; j < d; j++) square = fmaf(centroid[j], centroid[j], square), centroid[j] *= -2.f;
+        for (int j = 0; j < d; j++) square = fmaf(centroid[j], centroid[j], square);
         widest = fmaxf(widest, square);
 #pragma unroll
         for (int t = 0; t < kPerThread; t++) {
           float value = square;
 #pragma unroll
-          for (int j = 0; j < d; j++) value = fmaf(centroid[j], point[t][j], value);
+          for (int j = 0; j < d; j++) value = fmaf(centroid[j], scaled[t][j], value);
           nearest[t] = fminf(nearest[t], value);
         }
       }
@@ -87,27 +89,34 @@ __device__ void nearest(const float* x, int tokens, int D, const __half* codeboo
         best[t] = fminf(best[t], nearest[t]);
       }
     }
-    const auto compare = [&](int t, int begin, int end, int& code) {
-      float least = INFINITY;
-#pragma unroll kBlock
-      for (int c = begin; c < end; c++) {
+    const auto compare = [&](auto unrolled, int t, int begin, int end, int& code) {
+      float point[d], least = INFINITY;
+#pragma unroll
+      for (int j = 0; j < d; j++) point[j] = -0.5f * scaled[t][j];
+      const uint32_t* at = mine + begin * stride;
+#pragma unroll decltype(unrolled)::value
+      for (int c = begin; c < end; c++, at += stride) {
         float centroid[d];
-        load_centroid<d>(mine, c, S, centroid);
-        const float distance = distance_to<d>(point[t], centroid);
+        load_centroid<d>(at, centroid);
+        const float distance = distance_to<d>(point, centroid);
         if (distance < least) least = distance, code = c;
       }
     };
     int code[kPerThread] = {};
 #pragma unroll
-    for (int t = 0; t < kPerThread; t++) compare(t, block[t], block[t] + kBlock, code[t]);
+    for (int t = 0; t < kPerThread; t++)
+      compare(std::integral_constant<int, kBlock>(), t, block[t], block[t] + kBlock, code[t]);
 #pragma unroll
     for (int t = 0; t < kPerThread; t++) {
       float length = 0.f;
 #pragma unroll
-      for (int j = 0; j < d; j++) length = fmaf(point[t][j], point[t][j], length);
+      for (int j = 0; j < d; j++) length = fmaf(scaled[t][j], scaled[t][j], length);
       // What rounding may have moved the two values by. Not so for NaN either: then every centroid is compared.
-      const float doubt = (d + 2) * 0x1p-22f * (widest + 2.f * sqrtf(length * widest));
-      if (!(second[t] - best[t] > doubt)) code[t] = 0, compare(t, 0, kCentroids, code[t]);
+      const float doubt = (d + 2) * 0x1p-22f * (widest + 2.f * sqrtf(0.25f * length * widest));
+      if (!(second[t] - best[t] > doubt)) {
+        code[t] = 0;
+        compare(std::integral_constant<int, 2>(), t, 0, kCentroids, code[t]);
+      }
     }
 #pragma unroll
     for (int t = 0; t < kPerThread; t++)
@@ -265,8 +274,10 @@ __device__ void nearest_few(const float* point, int channels, const __half* code
   if (m * d < channels) {
     float mine[d], centroids[kShare][d], least = INFINITY;
     int code = 0;
+    const int stride = S * (d / 2);
+    const uint32_t* first = reinterpret_cast<const uint32_t*>(codebook + m * d) + part * kShare * stride;
 #pragma unroll
-    for (int i = 0; i < kShare; i++) load_centroid<d>(codebook + m * d, part * kShare + i, S, centroids[i]);
+    for (int i = 0; i < kShare; i++) load_centroid<d>(first + i * stride, centroids[i]);
 #pragma unroll
     for (int j = 0; j < d; j++) mine[j] = point[m * d + j];
 #pragma unroll
