@@ -19,7 +19,8 @@ struct Attention {
   float* lse;       // [B, H * G, n], or null
   int splits;       // blocks that share the tokens of a row
   int frames;       // prepared queries a row, at least 1
-  void* prepared;   // queries, T^-T R(-t_f) q * scale * log2(e): fp32 [B, H, frames, rows, D], or see attention_mma.cuh
+  void* prepared;   // queries, T^-T R(-t_f) q: fp32 [B, H, frames, rows, D] * scale * log2(e); tensor core kernel:
+                    // fp16 [B, H, frames, tiles of 4 rows, 4 D], of blocks with more frames than they can keep
   float* partials;  // [B, H, rows, splits, D + 2]: numerator, reference maximum (log2), denominator
 
   // Tensor core kernel only.

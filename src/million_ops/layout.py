@@ -114,7 +114,7 @@ def layout_by_id(layout_id: int) -> Layout:
 def mma_table_pages(head_dim: int, k_subspace_dim: int, v_subspace_dim: int) -> int | None:
     """64 KiB pages of shared memory that the lookup tables of layouts ``mma_k`` and ``mma_v`` take, or None where they do not apply.
 
-    A table has a row of 256 centroids' entries, cut into pages of 256 bytes a row; `csrc/cuda/attention_mma.cu` lays it out.
+    A table has a row of 256 centroids' entries, cut into pages of 256 bytes a row; `csrc/cuda/attention_tables.cuh` lays it out.
     """
 
     def groups(steps: int) -> list[int]:
