@@ -234,8 +234,6 @@ def _example(
     opening = words.opening + words(facts.introduction)
     hidden = [words(line) for line in facts.lines]
     room = length - len(opening) - sum(map(len, hidden))
-    if room < WINDOW:
-        raise ValueError(f"{task}: {length} tokens are too few for its facts and a window of {WINDOW} after them")
     filler: list[list[int]] = []
     start = rng.randrange(len(lines))
     while room > 0:
@@ -251,6 +249,8 @@ def _example(
     # Where each line of filler begins, in tokens; what is hidden goes before one that leaves a window's worth after it.
     begins = [0, *itertools.accumulate(map(len, filler))]
     room = begins[-1] - WINDOW
+    if room < 0:
+        raise ValueError(f"{task}: {length} tokens are too few for its facts and a window of {WINDOW} after them")
     pieces = list(filler)
     for i in reversed(range(len(hidden))):
         place = room * (depth if facts.together else (i + rng.random()) / len(hidden))

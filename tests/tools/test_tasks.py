@@ -95,6 +95,9 @@ def test_impossible_examples_are_refused(tokenizer):
         examples(tokenizer, "needle", depths=[1.5])
     with pytest.raises(ValueError, match="256 tokens are too few"):
         examples(tokenizer, "multikey", 256)
+    # Enough tokens, but the only line that fits is shorter than the window.
+    with pytest.raises(ValueError, match="600 tokens are too few"):
+        make_examples(tokenizer, "word " * 300, "needle", 600)
     with pytest.raises(ValueError, match="the text is too short"):
         make_examples(tokenizer, "One line.\nAnd another.", "needle", 1024)
 
