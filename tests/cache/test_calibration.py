@@ -8,16 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-import million_ops
 from million_cache.calibration import MIN_TOKENS, calibrate, calibrate_all
 from million_cache.calibration.collect import collect
-from million_cache.calibration.finetune import LEARNING_RATE, CentroidAdam, decoded, finetune, nearest
 from million_cache.calibration.kmeans import assign, kmeans, seed, update
 from million_cache.calibration.sensitivity import measure_sensitivity, row_weights
 from million_cache.calibration.train import framed_keys
 from million_cache.calibration.transform import average_over_rotation, deal, key_transform
 from million_cache.config import PQConfig
-from million_cache.evaluate import evaluate
 from million_cache.models import measure_rotations
 from million_ops.reference import rotate
 from tests.cache.test_models import DYNAMIC, LearnedPositions
@@ -305,98 +302,6 @@ def test_without_sensitivity_the_queries_are_the_weight():
     assert quick(model, config=wide).provenance["sensitivity_tokens"] == 0  # contexts of 256 are all window
 
 
-# -- fine-tuning ----------------------------------------------------------------------------------------------------------
-
-
-def tuning(steps: int, rate: float = LEARNING_RATE, config: PQConfig = CONFIG, ids=None):
-    """A model, its codebooks from k-means, the layers that `finetune` makes of them, and the KL before each step."""
-    model = tiny_llama()
-    model.lm_head.weight.data *= 2  # predictions that something moves
-    config = replace(config, recent_tokens=16, sink_tokens=2)
-    books = quick(model, config=config)
-    seen: list[float] = []
-    sequences = list(tokens(600, seed=9).view(3, 200) if ids is None else ids)
-    layers = finetune(
-        model, sequences, books.layers, 16, 2, steps, torch.Generator().manual_seed(0), learning_rate=rate, advance=seen.append
-    )  # fmt: skip
-    return model, books, layers, seen
-
-
-def test_its_codes_are_those_of_the_kernels():
-    layer = tuning(0)[1].layers[0]
-    x = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(1))
-    codes = nearest(x, layer.v_codebook.float())
-    want = million_ops.pq_encode(x[None], layer.v_codebook)[0]
-    assert (codes == want).float().mean() > 0.99  # near ties may go either way
-    back = million_ops.pq_decode(codes.to(torch.uint8)[None], layer.v_codebook, torch.float32)[0]
-    assert torch.equal(decoded(codes, layer.v_codebook.float()), back)
-
-
-@pytest.mark.parametrize("frame_tokens", [0, 64])
-def test_its_kl_is_that_of_the_decode_path(frame_tokens):
-    ids = tokens(200, seed=9)[None]
-    model, books, _, (kl,) = tuning(1, 0.0, replace(CONFIG, frame_tokens=frame_tokens), ids)
-    want = evaluate(model, books, ids)["kl"]
-    assert want > 1e-3
-    # A random place in the frames is as good as any other, but not the same.
-    assert abs(kl / want - 1) < (0.1 if frame_tokens else 1e-3)
-
-
-def test_fine_tuning_lowers_the_kl():
-    held_out = tokens(400, seed=11).view(2, 200)
-    model, books, layers, seen = tuning(24, ids=tokens(1600, seed=9).view(8, 200))
-    assert len(seen) == 24 and sum(seen[-8:]) < 0.97 * sum(seen[:8])  # the same 8 sequences
-    before, after = (evaluate(model, replace(books, layers=x), held_out)["kl"] for x in (books.layers, layers))
-    assert after < 0.97 * before
-    for i, layer in layers.items():
-        assert not torch.equal(layer.k_codebook, books.layers[i].k_codebook)
-        assert not torch.equal(layer.v_codebook, books.layers[i].v_codebook)
-        assert torch.equal(layer.k_transform, books.layers[i].k_transform)
-        layer.check(books.config, "tuned")
-
-
-def test_fine_tuning_leaves_the_model_alone_and_is_deterministic():
-    model, books, layers, _ = tuning(2)
-    _, _, again, _ = tuning(2)
-    assert all(torch.equal(layers[i].k_codebook, again[i].k_codebook) for i in layers)
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    assert model.config._attn_implementation == "sdpa"
-    _, books, unchanged, seen = tuning(0)
-    assert seen == [] and all(torch.equal(unchanged[i].k_codebook, books.layers[i].k_codebook) for i in unchanged)
-
-
-def test_fine_tuning_without_anything_beyond_the_window():
-    with pytest.raises(ValueError, match=r"within the window of 16 \+ 2 exact tokens"):
-        tuning(1, ids=tokens(18)[None])
-
-
-def test_one_step_size_a_head_and_subspace():
-    """A centroid with a hundredth of the gradient moves a hundredth as far; the first step is `rate` in units of the scale."""
-    p = torch.full((2, 4, 3, 2), 2.0, requires_grad=True)
-    gradient = torch.ones(2, 4, 3, 2)
-    gradient[:, 1] = 0.01
-    gradient[1] *= 1000  # another head's gradients do not matter
-    p.grad = gradient.clone()
-    optimiser = CentroidAdam([p])
-    optimiser.step(0.1)
-    moved = 2.0 - p.detach()
-    torch.testing.assert_close(moved[:, 1], 0.01 * moved[:, 0])
-    torch.testing.assert_close(moved[0], moved[1])
-    torch.testing.assert_close(moved.square().mean().sqrt(), torch.tensor(0.1 * 2.0))
-    assert p.grad is None
-
-
-def test_calibration_fine_tunes_if_asked_to():
-    model = tiny_llama()
-    config = replace(CONFIG, recent_tokens=16)
-    plain, tuned = quick(model, config=config), quick(model, config=config, finetune_steps=2)
-    assert (plain.provenance["finetune_steps"], tuned.provenance["finetune_steps"]) == (0, 2)
-    assert not torch.equal(plain.layers[1].k_codebook, tuned.layers[1].k_codebook)
-    assert torch.equal(plain.layers[1].k_transform, tuned.layers[1].k_transform)
-    with pytest.raises(ValueError, match="finetune_steps >= 0"):
-        quick(model, finetune_steps=-1)
-
-
 # -- the whole ------------------------------------------------------------------------------------------------------------
 
 
@@ -427,7 +332,7 @@ def test_deterministic_for_a_seed():
 
 def test_several_configurations_at_once_are_those_alone():
     model, other = tiny_llama(), PQConfig(k_subspace_dim=8, v_subspace_dim=4, frame_tokens=0)
-    options = {"context": 256, "iterations": 2, "progress": False, "finetune_steps": 1, "seed": 5}
+    options = {"context": 256, "iterations": 2, "progress": False, "seed": 5}
     ids = tokens(1200)
     both = calibrate_all(model, ids, [CONFIG, other], **options)
     for config, found in zip((CONFIG, other), both):

@@ -15,10 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from million_cache.calibration.collect import collect
-from million_cache.calibration.finetune import finetune
 from million_cache.calibration.sensitivity import measure_sensitivity
 from million_cache.calibration.train import train_layer
-from million_cache.codebook import Codebooks, LayerCodebooks
+from million_cache.codebook import Codebooks
 from million_cache.config import PQConfig
 from million_cache.models import check_length, check_supported, fingerprint, measure_rotations
 from million_ops.layout import CENTROIDS
@@ -60,7 +59,6 @@ def calibrate(
     context: int = 2048,
     iterations: int = 8,
     sensitivity_tokens: int = 8192,
-    finetune_steps: int = 0,
     require_frames: bool = False,
     progress: bool = True,
     device: torch.device | str | None = None,
@@ -81,9 +79,6 @@ def calibrate(
         sensitivity_tokens: how many of the tokens also run backwards through the model, in whole contexts spread over the text;
             0: none, with the queries' second moments as the weight instead, at lower quality. A backward pass takes two to
             four times as long as a forward and holds the activations of one context.
-        finetune_steps: of gradient descent on all centroids together, against the KL to the exact cache (`finetune.py`), each on one
-            context; a step takes three times as long as that context's share of ``sensitivity_tokens``. 20 steps took 6 % off
-            the KL of SmolLM2 at 1 bit. The report's distortions are those before it.
         require_frames: raise instead of warn when a layer's rotation is not recognised.
         progress: show progress bars.
         device: where k-means runs; None: the model's.
@@ -95,7 +90,7 @@ def calibrate(
     """
     (codebooks,) = calibrate_all(
         model, tokens, [config], seed=seed, context=context, iterations=iterations, sensitivity_tokens=sensitivity_tokens,
-        finetune_steps=finetune_steps, require_frames=require_frames, progress=progress, device=device,
+        require_frames=require_frames, progress=progress, device=device,
     )  # fmt: skip
     return codebooks
 
@@ -109,7 +104,6 @@ def calibrate_all(
     context: int = 2048,
     iterations: int = 8,
     sensitivity_tokens: int = 8192,
-    finetune_steps: int = 0,
     require_frames: bool = False,
     progress: bool = True,
     device: torch.device | str | None = None,
@@ -126,10 +120,9 @@ def calibrate_all(
     config = configs[0]
     check_supported(model.config)
     check_length(model.config, context)
-    if iterations < 1 or finetune_steps < 0 or context <= config.sink_tokens:
+    if iterations < 1 or context <= config.sink_tokens:
         raise ValueError(
-            f"need iterations >= 1, finetune_steps >= 0 and context > {config.sink_tokens} sink tokens, got {iterations}, "
-            f"{finetune_steps} and {context}"
+            f"need iterations >= 1 and context > {config.sink_tokens} sink tokens, got {iterations} and {context}"
         )
     sequences = _sequences(tokens, context, config.sink_tokens)
     rows = sum(len(s) - config.sink_tokens for s in sequences)
@@ -183,8 +176,6 @@ def calibrate_all(
                     iterations=iterations, generator=generator, device=device, name=f"layer {i}",
                 )  # fmt: skip
                 bar.advance(task)
-            if finetune_steps:
-                layers = _finetuned(model, sequences, layers, config, finetune_steps, generator, bar)
             trained.append((config, layers, report))
 
     used = torch.cat(sequences)
@@ -196,7 +187,6 @@ def calibrate_all(
         "seed": seed,
         "iterations": iterations,
         "sensitivity_tokens": sum(len(sequences[i]) for i in chosen),
-        "finetune_steps": finetune_steps,
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,
         "torch": torch.__version__,
@@ -205,21 +195,3 @@ def calibrate_all(
     }
     whose = fingerprint(model, rotations)
     return [Codebooks(config, whose, layers, dict(provenance), report) for config, layers, report in trained]
-
-
-def _finetuned(
-    model: PreTrainedModel,
-    sequences: list[Tensor],
-    layers: dict[int, LayerCodebooks],
-    config: PQConfig,
-    steps: int,
-    generator: torch.Generator,
-    bar: Progress,
-) -> dict[int, LayerCodebooks]:
-    """`finetune` with its KL in the progress bar."""
-    task = bar.add_task("Fine-tuning", total=steps)
-
-    def show(kl: float) -> None:
-        bar.update(task, advance=1, description=f"Fine-tuning, KL {kl:.4f}")
-
-    return finetune(model, sequences, layers, config.recent_tokens, config.sink_tokens, steps, generator, advance=show)
