@@ -410,7 +410,7 @@ struct Block : RowBlock {
       float most = 0.f;
 #pragma unroll
       for (int i = 0; i < kWords; i++) {
-        const uint32_t word = r < rows && i * kWarp + lane < S::kLine ? __ldg(from + i * kWarp + lane) : 0;
+        const uint32_t word = r < rows && i * kWarp + lane < S::kLine ? __ldcg(from + i * kWarp + lane) : 0;
         x[i] = layer.dtype == DType::bf16 ? __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word))
                                           : __half22float2(reinterpret_cast<const __half2&>(word));
         most = fmaxf(most, fmaxf(fabsf(x[i].x), fabsf(x[i].y)));
@@ -512,6 +512,7 @@ struct Block : RowBlock {
         }
       }
     }
+    __pipeline_wait_prior(0);  // a block without frames has waited for nothing
   }
 
   // ---- scores ----
@@ -1116,7 +1117,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
 // Whether the splits of a row can be clusters that merge by themselves: if as many fit at once as blocks do.
 template <class S>
 bool clusters_fit(cudaLaunchConfig_t config, int splits) {
-  static std::atomic<int> known[kMaxCluster + 1];  // 0: not asked yet
+  static std::atomic<int> known[kMaxCluster + 1];  // 0: not asked yet; GPUs of one machine are taken to be alike
   if (splits > kMaxCluster) return false;
   if (known[splits] == 0) {
     int most = 0, device = 0, blocks = 0;

@@ -354,7 +354,8 @@ class MillionStaticCache(StaticCache):
         self, batch_size: int, num_heads: int | list[int], head_dim: int | list[int], dtype: torch.dtype, device: torch.device
     ) -> None:  # fmt: skip
         """Allocate every layer on one device. Raises as the constructor."""
-        self._check_memory(batch_size, dtype, torch.device(device))
+        if not self.layers[min(self.state.codebooks.layers)].is_initialized:
+            self._check_memory(batch_size, dtype, torch.device(device))
         super().early_initialization(batch_size, num_heads, head_dim, dtype, device)
 
     # -- bytes ---------------------------------------------------------------------------------------------------------
@@ -477,11 +478,18 @@ class MillionStaticCache(StaticCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _is_spread(self) -> bool:
-        """Whether the model is known to lie on several devices, so that layers will be allocated on more than the first one's."""
+        """Whether the model may lie on several devices, so that layers will be allocated on more than the first one's: that of a
+        model that is not enabled is not known."""
         record = enabled(self.state.config)
-        return record is not None and len(record.devices) > 1
+        return record is None or len(record.devices) > 1
 
     # -- life ----------------------------------------------------------------------------------------------------------
+
+    def forget_mask(self) -> None:
+        """Look at the whole padding mask of the next forward. On a GPU a forward of one token takes it for the last forward's mask
+        and one column: call this before one whose mask hides tokens that the last mask showed, such as that of a new turn."""
+        self.check()
+        self.state.padding.reset()
 
     def check(self) -> None:
         """Wait for the device and raise RuntimeError if text is wrong: a compiled step ran past ``max_cache_len`` and dropped tokens, or

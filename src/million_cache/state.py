@@ -116,19 +116,24 @@ class PaddingCheck:
     step's mask is the one before it and a column for its own token, and whether that column is masked shows in no result of
     its own step: the query always sees itself. So a step may use the answer about the mask before it, which was copied
     while that step ran. A mask that changed in older columns makes that answer wrong: it raises one step late, or in
-    `MillionStaticCache.check`.
+    `MillionStaticCache.check`; who knows that it changed calls `MillionStaticCache.forget_mask` first.
     """
 
     def __init__(self) -> None:
         self.holes: bool | None = None  # of the newest mask whose answer has arrived; None: nothing is known
+        self._columns = 0  # of the last mask's `falls`
         self._answer: Tensor | None = None  # [2] bool on the host: holes before the last column, a hole in it
         self._copied: torch.cuda.Event | None = None
         self._pending = False
 
-    def know(self, holes: bool) -> bool:
-        """The host has asked about a mask and waited. Returns ``holes``."""
-        self.holes, self._pending = holes, False
-        return holes
+    def know(self, falls: Tensor) -> bool:
+        """Ask the device about a forward's mask, and wait. falls as in `step`. Returns whether it has holes. Raises as `step`."""
+        columns = falls.shape[1]
+        if columns == self._columns:
+            self._pending = False  # the forward before did not finish: nothing of it counts
+        self.arrived()
+        self.holes, self._columns = bool(falls.any()), columns
+        return self.holes
 
     def step(self, falls: Tensor) -> bool:
         """Whether the mask of a decode step has holes that its query must not see.
@@ -136,12 +141,14 @@ class PaddingCheck:
         falls: bool [B, length - 1] on the device, True where the next column is masked and the column itself is not.
         Raises RuntimeError if the mask of the step before had changed in columns that were there already.
         """
-        if self.holes is None:
-            return self.know(bool(falls.any()))
+        if self.holes is None or falls.shape[1] != self._columns + 1:  # not the last forward's mask and one column
+            return self.know(falls)
         self.arrived()
+        self._columns += 1
         if self._answer is None:
             on_gpu = falls.device.type == "cuda"
-            self._answer = torch.empty(2, dtype=torch.bool, pin_memory=on_gpu)
+            with torch.inference_mode(False):  # later steps may run outside of it
+                self._answer = torch.empty(2, dtype=torch.bool, pin_memory=on_gpu)
             self._copied = torch.cuda.Event() if on_gpu else None
         self._answer[0].copy_(falls[:, :-1].any(), non_blocking=True)
         self._answer[1].copy_(falls[:, -1:].any(), non_blocking=True)
@@ -162,11 +169,11 @@ class PaddingCheck:
         if older and not used:
             raise RuntimeError(
                 "the attention mask of the last decode step hides tokens that the mask before it did not: that step still saw them and "
-                "its result is wrong; give the mask with the first forward that it applies to, of more than one token, or reset() the cache"
+                "its result is wrong; call the cache's forget_mask() before a forward of one token whose mask hides what the last one showed"
             )
 
     def reset(self) -> None:
-        self.holes, self._pending = None, False
+        self.holes, self._columns, self._pending = None, 0, False
 
     def __deepcopy__(self, memo: dict) -> PaddingCheck:
         return PaddingCheck()  # an event cannot be copied; the twin asks anew

@@ -59,13 +59,44 @@ def test_a_mask_that_changes_behind_its_back_raises(late):
         check.arrived() if late == "arrived" else check.step(falls([[1, 0, 1, 1, 1]]))
 
 
-def test_a_prefill_and_a_reset_forget_what_was_asked():
+def test_a_prefill_tells_of_the_step_before_it():
+    check = PaddingCheck()
+    check.step(falls([[1, 1, 1]]))
+    check.step(falls([[1, 0, 1, 1]]))
+    with pytest.raises(RuntimeError, match="hides tokens that the mask before it did not"):
+        check.know(falls([[1, 0, 1, 1, 1, 1]]))
+
+
+@pytest.mark.parametrize("columns", [3, 4, 6])
+def test_a_mask_of_another_length_is_asked_about(columns):
+    """A step without a mask between, a forward that died and came again, a crop: not the mask of before and one column."""
+    check = PaddingCheck()
+    check.know(falls([[1, 1, 1]]))
+    check.step(falls([[1, 1, 1, 1]]))
+    assert check.step(falls([[1, 0] + [1] * (columns - 2)])) is True
+    check.arrived()
+
+
+def test_a_forward_that_died_counts_for_nothing():
+    check = PaddingCheck()
+    check.know(falls([[1, 1, 1]]))
+    check.step(falls([[1, 0, 1, 1]]))
+    assert check.step(falls([[1, 1, 1, 1]])) is False
+
+
+def test_answers_outlive_inference_mode():
+    check = PaddingCheck()
+    with torch.inference_mode():
+        check.step(falls([[1, 1]]))
+        check.step(falls([[1, 1, 1]]))
+    assert check.step(falls([[1, 1, 1, 1]])) is False
+
+
+def test_a_reset_forgets_what_was_asked():
     check = PaddingCheck()
     check.step(falls([[1, 1, 1]]))
     check.step(falls([[1, 0, 1, 1]]))
     twin = copy.deepcopy(check)
-    check.know(True)
-    assert check.step(falls([[1, 0, 1, 1, 1]])) is True
     for fresh in (twin, check):
         fresh.reset()
         assert fresh.step(falls([[1, 1]])) is False
@@ -123,14 +154,30 @@ def test_holes_that_appear_while_decoding(model, ids, device):
     ).abs().max() > 0.1  # it matters
 
 
-def test_an_older_token_masked_while_decoding(model, books, ids):
-    cache = MillionStaticCache(model.config, books, KV_LENGTH)
-    mask = torch.ones_like(ids)
-    with torch.no_grad():
-        for i, j in [(0, 10), (10, 11), (11, 12)]:
-            model(ids[:, i:j], attention_mask=mask[:, :j], past_key_values=cache)
-        mask[0, 6] = 0
-        model(ids[:, 12:13], attention_mask=mask[:, :13], past_key_values=cache)
+@pytest.mark.parametrize("told", [True, False], ids=["told", "untold"])
+def test_an_older_token_masked_while_decoding(model, books, ids, device, told):
+    """Right where it costs nothing to ask, or the cache is told; else an error that comes late."""
+
+    def run(cache):
+        mask = torch.ones_like(ids)
+        positions = torch.arange(30, device=device)[None].expand(2, -1)
+        with torch.no_grad():
+            for i, j in [(0, 10), (10, 11), (11, 12), (12, 13)]:
+                if i == 12:
+                    mask[0, 6] = 0
+                    if told and isinstance(cache, MillionStaticCache):
+                        cache.forget_mask()
+                out = model(ids[:, i:j], attention_mask=mask[:, :j], position_ids=positions[:, i:j], past_key_values=cache)
+        return out.logits
+
+    recording = RecordingCache(model.config)
+    want = run(recording)
+    cache = MillionStaticCache(model.config, lossless_codebooks(model, [recording], CONFIG), KV_LENGTH)
+    got = run(cache)
+    if told or device == "cpu":
+        cache.check()
+        close(got, want)
+    else:
         with pytest.raises(RuntimeError, match="its result is wrong"):
             cache.check()
 
