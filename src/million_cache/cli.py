@@ -396,10 +396,16 @@ def inspect(
 
 
 def _named_codebooks(sources: Iterable[str]) -> dict[str, Any]:
-    """Codebooks by the last part of their source, without its `codebooks-`."""
+    """Codebooks by the last part of their source, without its `codebooks-`. Raises ValueError if two have the same, or "dense"."""
     from million_cache.programs import load_codebooks
 
-    return {Path(source).name.removeprefix("codebooks-"): load_codebooks(source) for source in sources}
+    named: dict[str, Any] = {}
+    for source in sources:
+        name = Path(source).name.removeprefix("codebooks-")
+        if name in named or name == "dense":
+            raise ValueError(f"{source}: the results have a row called {name!r} already; rename the directory")
+        named[name] = load_codebooks(source)
+    return named
 
 
 def _text(path: Path | None, shipped: str) -> tuple[str, str]:

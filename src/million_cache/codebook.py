@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from million_cache.card import CARD_NAME, may_write_card, model_card
+from million_cache.card import CARD_NAME, MARK, may_write_card, model_card
 from million_cache.config import PQConfig
 from million_cache.models import Fingerprint
 from million_ops.layout import CENTROIDS
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 FORMAT = "million-codebooks"
-FORMAT_VERSION = 2  # what is written; 1, which had no compact storage, is read too
+FORMAT_VERSION = 2  # of compact storage; 1, which has none, is written otherwise, for older releases to read
 TENSORS_NAME = "million_codebooks.safetensors"
 CONFIG_NAME = "million_config.json"
 
@@ -228,7 +228,7 @@ class Codebooks:
             save_file(self._named_tensors(compact), staging / TENSORS_NAME, metadata={"format": FORMAT})
             header = {
                 "format": FORMAT,
-                "format_version": FORMAT_VERSION,
+                "format_version": FORMAT_VERSION if compact else 1,
                 "storage": "compact" if compact else "full",
                 "tensors_sha256": _sha256(staging / TENSORS_NAME),
                 "config": self.config.to_dict(),
@@ -270,7 +270,8 @@ class Codebooks:
         Arguments are those of transformers' ``PushToHubMixin``, whose own code would write a card of its own.
 
         Args:
-            repo_id: ``"name"`` or ``"organisation/name"``; created if it is not there. It may be a checkpoint's, which keeps its card.
+            repo_id: ``"name"`` or ``"organisation/name"``; created if it is not there. A checkpoint's, or one with a
+                card that is not ours, keeps its card.
             commit_message: default ``"Upload million codebooks"``.
             commit_description: the commit's longer text.
             private: of a repository that is created; None: as the organisation has it, else public.
@@ -292,7 +293,11 @@ class Codebooks:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            beside_checkpoint = api.file_exists(repo_id, "config.json", revision=revision)
+            # As `may_write_card`, of what the repository holds.
+            keep = api.file_exists(repo_id, "config.json", revision=revision)
+            if not keep and api.file_exists(repo_id, CARD_NAME, revision=revision):
+                there = Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision))
+                keep = MARK not in there.read_text(encoding="utf-8", errors="replace")
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -300,7 +305,7 @@ class Codebooks:
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
-                ignore_patterns=[CARD_NAME] if beside_checkpoint else None,
+                ignore_patterns=[CARD_NAME] if keep else None,
             )
 
     def _named_tensors(self, compact: bool) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from million_cache.attention import DECODE_CHUNK, disable, enable
 from million_cache.cache import MillionStaticCache
 from million_cache.codebook import Codebooks
 
+SINKS = 12  # tokens that no introduction is shorter than
 WINDOW = 160  # tokens that always follow the last hidden fact, and so push it out of the presets' exact window of 128
 DIGITS = 5  # of the numbers that are asked for
 ADJECTIVES = (
@@ -309,8 +310,8 @@ def run_tasks(
     Args:
         model: a causal language model in evaluation mode; it is left disabled.
         codebooks: of this model, by name.
-        recent_tokens, sink_tokens: exact tokens; default: the codebooks' own. At most `WINDOW` recent ones, or the cache would
-            answer from them.
+        recent_tokens, sink_tokens: exact tokens; default: the codebooks' own. At most `WINDOW` recent ones and `SINKS` first ones,
+            or the cache would answer from them.
         progress: called after each example.
 
     Returns:
@@ -319,10 +320,13 @@ def run_tasks(
         (tokens of the haystack).
 
     Raises:
-        ValueError: a window longer than `WINDOW`, or codebooks of another model.
+        ValueError: a window longer than `WINDOW`, more sinks than `SINKS`, or codebooks of another model.
     """
     for name, books in codebooks.items():
         recent = books.config.recent_tokens if recent_tokens is None else recent_tokens
+        sinks = books.config.sink_tokens if sink_tokens is None else sink_tokens
+        if sinks > SINKS:
+            raise ValueError(f"{name}: {sinks} sinks can hold the answer; give at most {SINKS}")
         if recent > WINDOW:
             raise ValueError(f"{name}: a window of {recent} tokens can hold the answer; give at most {WINDOW}")
     rows = []

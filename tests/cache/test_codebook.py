@@ -239,8 +239,8 @@ def test_a_card_of_ours_is_replaced_and_no_other(books, tmp_path):
 class Hub:
     """`huggingface_hub.HfApi` at its boundary: what is asked of it, and the files that an upload would send."""
 
-    def __init__(self, files=()):
-        self.files, self.calls, self.uploaded = set(files), [], {}
+    def __init__(self, files=(), card: Path | None = None):
+        self.files, self.card, self.calls, self.uploaded = set(files), card, [], {}
 
     def __call__(self, token=None):
         self.calls.append(("token", token))
@@ -255,6 +255,10 @@ class Hub:
 
     def file_exists(self, repo_id, filename, *, revision):
         return filename in self.files
+
+    def hf_hub_download(self, repo_id, filename, *, revision):
+        assert filename == CARD_NAME
+        return str(self.card)
 
     def upload_folder(self, *, folder_path, ignore_patterns, **options):
         self.calls.append(("upload_folder", options))
@@ -296,6 +300,22 @@ def test_push_to_a_checkpoint_keeps_its_card(books, monkeypatch):
     assert set(hub.uploaded) == {CONFIG_NAME, TENSORS_NAME}
     assert [c[0] for c in hub.calls] == ["token", "create_repo", "upload_folder"]  # a pull request needs no branch
     assert hub.calls[-1][1]["commit_message"] == "Upload million codebooks"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_push_replaces_no_card_of_others(books, monkeypatch, tmp_path, ours):
+    card = tmp_path / "card"
+    card.write_text(f"{MARK} old" if ours else "mine")
+    hub = Hub(files=[CARD_NAME], card=card)
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    books.push_to_hub("books")
+    assert (CARD_NAME in hub.uploaded) is ours
+
+
+@pytest.mark.parametrize("compact, version", [(False, 1), (True, 2)])
+def test_format_version_is_the_oldest_that_reads_it(books, tmp_path, compact, version):
+    books.save_pretrained(tmp_path, compact=compact)
+    assert json.loads((tmp_path / CONFIG_NAME).read_text())["format_version"] == version
 
 
 # -- interruption ---------------------------------------------------------------------------------------------------------

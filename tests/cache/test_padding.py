@@ -167,7 +167,9 @@ def test_an_older_token_masked_while_decoding(model, books, ids, device, told):
                     mask[0, 6] = 0
                     if told and isinstance(cache, MillionStaticCache):
                         cache.forget_mask()
-                out = model(ids[:, i:j], attention_mask=mask[:, :j], position_ids=positions[:, i:j], past_key_values=cache)
+                out = model(
+                    ids[:, i:j], attention_mask=mask[:, :j], position_ids=positions[:, i:j], past_key_values=cache
+                )
         return out.logits
 
     recording = RecordingCache(model.config)

@@ -305,6 +305,16 @@ def test_damaged_codebooks(million, books_dir, tmp_path):
     assert_says(million("inspect", tmp_path), str(tmp_path))
 
 
+def test_two_rows_of_one_name_are_refused(million, model_dir, books_dir, tmp_path):
+    for where in ("a", "b"):
+        shutil.copytree(books_dir, tmp_path / where / "same")
+    twice = [x for where in ("a", "b") for x in ("--codebooks", tmp_path / where / "same")]
+    shutil.copytree(books_dir, tmp_path / "dense")
+    for codebooks, name in ((twice, "same"), (["--codebooks", tmp_path / "dense"], "dense")):
+        result = million("tasks", "--model", model_dir, *codebooks, "--out", tmp_path / "out")
+        assert result.exit_code == 1 and f"a row called '{name}'" in " ".join(result.stderr.split())
+
+
 def test_wrong_usage_exits_with_2(million, tmp_path):
     assert million("calibrate").exit_code == 2
     assert million("demo", "--preset", "5bit").exit_code == 2

@@ -194,6 +194,8 @@ def test_the_first_question_leaves_no_trace_in_the_second(model, books):
 
 
 def test_a_window_that_holds_the_answer_is_refused(model, books):
+    with pytest.raises(ValueError, match="x: 13 sinks can hold the answer"):
+        run_tasks(model, [prompt(1)], {"x": books}, sink_tokens=13)
     with pytest.raises(ValueError, match="x: a window of 200 tokens can hold the answer"):
         run_tasks(model, [prompt(0)], {"x": books}, recent_tokens=200)
 
