@@ -66,6 +66,14 @@ def test_matches_the_reference(head_dim, d, layouts, n):
     assert_matches_reference(layer, n)
 
 
+@pytest.mark.parametrize("head_dim, rotary", [(8, 2), (16, 6), (32, 32), (40, 18), (80, 78), (112, 112), (200, 6)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("n", [1, 64, 131])
+def test_other_head_dims_and_odd_halves(head_dim, rotary, interleaved, n):
+    layer = make_layer(past=70, head_dim=head_dim, rotary=rotary, interleaved=interleaved, layouts=(1, 1), capacity=300)
+    assert_matches_reference(layer, n)
+
+
 @pytest.mark.parametrize("past", [0, 1, 15, 16, 17, 63, 64, 65])
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 64, 65, 130])
 def test_lengths(past, n):
