@@ -43,22 +43,10 @@
 
 #include "attention.cuh"
 #include "attention_mma.h"
-#include "attention_tables.cuh"
-#include "ptx.cuh"
+#include "attention_mma_shape.cuh"
 
 namespace million {
 namespace mma {
-
-constexpr int kSharedBase = 1024;  // where dynamic shared memory begins: the driver keeps the first KiB (checked)
-constexpr int kTile = 64;
-constexpr int kAhead = 2;        // tiles from the one at hand to the one that is brought to the L2 cache
-constexpr int kMaxCluster = 16;  // blocks
-#ifdef MILLION_RACECHECK
-constexpr int kArrivals = kWarp;  // compute-sanitizer does not see that a lane arrives for its warp, after __syncwarp
-#else
-constexpr int kArrivals = 1;
-#endif
-constexpr float kLowest = -1e30f;  // below any score, and finite
 
 template <class F, int... I>
 __device__ __forceinline__ void for_each(const F& f, std::integer_sequence<int, I...>) {
@@ -68,141 +56,6 @@ template <int N, class F>
 __device__ __forceinline__ void static_for(const F& f) {
   for_each(f, std::make_integer_sequence<int, N>());
 }
-
-// ---- the kernel's shape ----
-
-template <int D_, int KD_, int VD_, int Rows_>
-struct Shape {
-  static constexpr int D = D_, KD = KD_, VD = VD_;
-  static constexpr int Rows = Rows_;                 // query rows of a block: 2, 4 or 8
-  static constexpr int kTiles = Rows > 4 ? 2 : 1;    // A operands of 4 query rows
-  static constexpr int kHalves = Rows == 2 ? 1 : 2;  // query rows of a lane in a tile: rh, and rh + 2
-  static constexpr int kLaneRows = kTiles * kHalves;
-  static constexpr int kPairs = Rows == 8   ? 4
-                                : Rows == 4 ? 6
-                                            : 8;  // of warps: one spilled register costs more than a pair brings
-  static constexpr int kThreads = kPairs * 2 * kWarp, kHalf = kThreads / 2;
-  using K = KeyTable<D, KD>;
-  using V = ValueTable<D, VD>;
-  static constexpr int kValueTable = (K::kBytes + 127) / 128 * 128;  // where it begins
-  static constexpr int kTableBytes = kValueTable + V::kBytes;
-  static constexpr int kLine = D / 2;        // pairs of channels
-  static constexpr int kFrames = 16 / Rows;  // whose queries are prepared with one product
-  static constexpr int kKept = 8 / kTiles;   // frames whose queries stay in shared memory
-};
-
-// Where a query row of the block is.
-struct Row {
-  int position, coded_end, query;  // slot of its own token; end of the slots it reads from codes; its new token
-  int64_t out, lse;                // its first element of the results
-};
-
-// Frames of the block's tiles.
-struct Frames {
-  int begin, end;
-};
-
-// The exact tokens in order: sinks, ring, new tokens.
-struct Exact {
-  int tokens, sinks, ring, oldest, first, start;  // `ring` tokens from slot `oldest` on
-};
-
-template <class S>
-struct Scratch {
-  struct Slot {  // probabilities of a pair's tile, and what its earlier results are to be multiplied with first
-    __half p[S::Rows][kTile];
-    float factor[S::Rows];
-    int rescale;
-    int pad[3];
-  } slots[S::kPairs][2];
-  __half turned[2][16][S::D + 8];  // rotated queries of a product, rounded, and what that lost; rows on different banks
-  uint2 prepared[S::kKept][S::kTiles][S::D];  // queries of the block's frames, if they are this few
-  float query[S::Rows][S::D];                 // divided by its power of two
-  float2 turn[S::kFrames][S::D / 2];          // cosine and sine
-  float frequencies[S::D / 2];
-  __half zeros[S::Rows][kTile];  // what lanes read whose probabilities another rotation takes
-  float magnitude[S::Rows];      // the power of two, times scale * log2(e)
-  Row rows[S::Rows];
-  Range seen;
-  Exact exact;
-  int bounds[S::kPairs + 1];  // of the pairs' tiles
-  Frames frames;
-  int origin;
-  float2 merged[S::Rows];           // of the pairs, as `ends`
-  float2 ends[S::kPairs][S::Rows];  // reference maximum (log2), sum
-  uint64_t full[S::kPairs][2], empty[S::kPairs][2], k_table, v_table, queries;
-};
-
-// A lane's codes of a tile come in chunks of 16 bytes. Warps keep half a tile of them in registers, where that is whole
-// chunks, and ask for more as soon as a chunk is done with.
-struct Unit {
-  int words, per_tile;
-  constexpr Unit(int tile_words, bool whole)
-      : words(tile_words % 8 || whole ? tile_words : tile_words / 2), per_tile(tile_words % 8 || whole ? 1 : 2) {}
-};
-
-// A lane's places in its table, for each width of rotation.
-template <class Table>
-struct Places {
-  uint32_t four[4], two[2], one;
-  // `base`: where shared memory begins, relative to kSharedBase.
-  __device__ Places(int n, int c, uint32_t base) {
-#pragma unroll
-    for (int x = 0; x < 4; x++) four[x] = opaque(base + Table::lane_place(4, x, n, c));
-    two[0] = opaque(base + Table::lane_place(2, 0, n, c)), two[1] = opaque(base + Table::lane_place(2, 1, n, c));
-    one = opaque(base + Table::lane_place(1, 0, n, c));
-  }
-  __device__ __forceinline__ uint32_t at(int width, int x) const {
-    return width == 4 ? four[x & 3] : width == 2 ? two[x & 1] : one;
-  }
-};
-
-__device__ __forceinline__ uint32_t to_half2(uint32_t x, DType dtype) {
-  if (dtype != DType::bf16) return x;
-  const __half2 y = __float22half2_rn(__bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x)));
-  return reinterpret_cast<const uint32_t&>(y);
-}
-
-// Channels of an exact token as the tables' entries are, fp16; zero where `live` is not set. It loads all the same, so
-// that a warp's loads do not wait for each other.
-template <int Words>
-__device__ __forceinline__ void load_exact(const char* at, bool live, DType dtype, uint32_t (&out)[Words]) {
-#pragma unroll
-  for (int i = 0; i < Words; i++) {
-    const uint32_t x = to_half2(__ldcg(reinterpret_cast<const uint32_t*>(at) + i), dtype);
-    out[i] = live ? x : 0u;
-  }
-}
-
-// Partial results: numerators [B, H, rows, splits, D], then (reference maximum (log2), sum) [B, H, rows, splits].
-__device__ __forceinline__ float2* ends_of(const Attention& a) {
-  return reinterpret_cast<float2*>(a.partials) + a.layer.B * a.layer.H * a.rows * a.splits * (a.layer.D / 2);
-}
-
-// A row's sums for a pair of channels, as parts are added in order.
-struct Merged {
-  float top = kLowest, total = 0.f;
-  float2 x = {0.f, 0.f};
-
-  __device__ __forceinline__ void add(float2 end, float2 y) {
-    if (end.y == 0.f) return;  // it saw nothing
-    const float higher = fmaxf(top, end.x), mine = exp2_fast(top - higher), theirs = exp2_fast(end.x - higher);
-    top = higher, total = total * mine + end.y * theirs;
-    x = {x.x * mine + y.x * theirs, x.y * mine + y.y * theirs};
-  }
-
-  // `out`, `lse`: the row's first element of the results.
-  __device__ __forceinline__ void store(const Attention& a, int64_t out, int64_t lse, int line) const {
-    // A query that sees nothing (left padding) gets zeros and an LSE of -inf, never NaN.
-    const float2 y = total == 0.f ? float2{0.f, 0.f} : float2{x.x / total, x.y / total};
-    void* to = static_cast<char*>(a.out) + (out + 2 * line) * 2;
-    if (a.layer.dtype == DType::bf16)
-      *static_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(y.x, y.y);
-    else
-      *static_cast<__half2*>(to) = __floats2half2_rn(y.x, y.y);
-    if (a.lse && line == 0) a.lse[lse] = total == 0.f ? -INFINITY : (top + log2f(total)) / kLog2e;
-  }
-};
 
 template <class S>
 struct Block : RowBlock {
@@ -522,6 +375,12 @@ struct Block : RowBlock {
     int tokens, now, border;  // tokens of a frame; the one whose query is loaded, and its end
   };
 
+  // The step whose part of the query row `r` of A holds at `step`.
+  static __device__ __forceinline__ int rotated(int step, int r) {
+    const Group group = group_of(K::kSteps, step);
+    return group.first + ((step - group.first) ^ (r & (group.width - 1)));
+  }
+
   // The lane's part of the A operands: of the query as the model gave it,
   __device__ void load_raw_query(Query& q) const {
     const int r = n & 3, rh = n >> 2;
@@ -534,8 +393,7 @@ struct Block : RowBlock {
         const uint32_t* from = reinterpret_cast<const uint32_t*>(query_row(min(row, rows - 1))) + c * (S::KD / 2);
 #pragma unroll
         for (int step = 0; step < K::kSteps; step++) {
-          const Group group = group_of(K::kSteps, step);
-          const int mine = group.first + ((step - group.first) ^ (r & (group.width - 1)));
+          const int mine = rotated(step, r);
 #pragma unroll
           for (int sub = 0; sub < S::KD / 2; sub++) {
             const int u = step * (S::KD / 2) + sub;
@@ -556,8 +414,7 @@ struct Block : RowBlock {
                           min(qt, prepared.tiles - 1) * S::D + (c * 2 + rh) * (S::KD / 2);
 #pragma unroll
       for (int step = 0; step < K::kSteps; step++) {
-        const Group group = group_of(K::kSteps, step);
-        const int mine = group.first + ((step - group.first) ^ (r & (group.width - 1)));
+        const int mine = rotated(step, r);
 #pragma unroll
         for (int sub = 0; sub < S::KD / 2; sub++) {
           // [step][c][rh][pair of channels][rh, rh + 2] half2

@@ -1,4 +1,5 @@
-// Instructions that CUDA C++ has no name for, one small function each. sm_90 where it says so, else sm_80.
+// Instructions that CUDA C++ has no name for, one small function each (sm_90 where it says so, else sm_80), and the
+// arithmetic in pairs of fp16 numbers around them.
 #pragma once
 
 #include <cuda_fp16.h>

@@ -92,6 +92,14 @@ def lossless_codebooks(model, recordings: list[RecordingCache], config: PQConfig
     return Codebooks(config=config, fingerprint=fingerprint(model), layers=layers, provenance={"test": "lossless"})
 
 
+@torch.no_grad()
+def lossless_for(model, ids: Tensor, config: PQConfig) -> Codebooks:
+    """Codebooks that are lossless for the keys and values of ids [B, T] in one dense forward."""
+    recording = RecordingCache(model.config)
+    model(ids, past_key_values=recording)
+    return lossless_codebooks(model, [recording], config)
+
+
 def _codebook(rows: Tensor, d: int) -> Tensor:
     H, T, D = rows.shape
     if T > CENTROIDS:

@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from million_cache import PRESETS, Codebooks, MillionStaticCache, PQConfig, disable, enable
 from million_cache.cache import CROP_KEEPS, MillionLayer
 from million_cache.state import Clock
-from tests.cache.lossless import RecordingCache, lossless_codebooks
+from tests.cache.lossless import RecordingCache, lossless_codebooks, lossless_for
 from tests.cache.tiny_models import tiny_gemma3, tiny_llama
 
 CONFIG = PQConfig(k_subspace_dim=2, v_subspace_dim=4, frame_tokens=8, recent_tokens=4, sink_tokens=2)
@@ -35,10 +35,7 @@ def ids(device):
 @pytest.fixture(scope="module")
 def books(model, ids):
     """Lossless for `ids`, both rows, all of their 64 tokens."""
-    recording = RecordingCache(model.config)
-    with torch.no_grad():
-        model(ids, past_key_values=recording)
-    return lossless_codebooks(model, [recording], CONFIG)
+    return lossless_for(model, ids, CONFIG)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 
 from million_cache import MillionStaticCache, disable, enable
 from million_cache.export import DecodeStep
-from tests.cache.lossless import RecordingCache, lossless_codebooks
+from tests.cache.lossless import lossless_for
 from tests.cache.test_cache import random_codebooks
 from tests.cache.test_compile import CONFIG, MAX_LEN
 from tests.cache.tiny_models import tiny_gemma3, tiny_llama
@@ -30,10 +30,7 @@ def model(device):
 
 @pytest.fixture(scope="module")
 def books(model, ids):
-    recording = RecordingCache(model.config)
-    with torch.no_grad():
-        model(ids, past_key_values=recording)
-    return lossless_codebooks(model, [recording], CONFIG)
+    return lossless_for(model, ids, CONFIG)
 
 
 def close(got, want):

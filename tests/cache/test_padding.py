@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from million_cache import MillionStaticCache, attention, disable, enable
 from million_cache.attention import million_mask
 from million_cache.state import PaddingCheck
-from tests.cache.lossless import RecordingCache, lossless_codebooks
+from tests.cache.lossless import RecordingCache, lossless_codebooks, lossless_for
 from tests.cache.test_cache import CONFIG, close
 from tests.cache.tiny_models import tiny_llama
 
@@ -120,10 +120,7 @@ def ids(device):
 
 @pytest.fixture(scope="module")
 def books(model, ids):
-    recording = RecordingCache(model.config)
-    with torch.no_grad():
-        model(ids, past_key_values=recording)
-    return lossless_codebooks(model, [recording], CONFIG)
+    return lossless_for(model, ids, CONFIG)
 
 
 def test_holes_that_appear_while_decoding(model, ids, device):
