@@ -7,7 +7,8 @@ import torch
 from million_ops._loader import has_kernels
 from million_ops.layout import LAYOUTS, Layout, mma_table_pages
 
-# Shared memory that the tensor core kernel needs beside its tables: kScratch in csrc/cuda/kernels.h.
+# Shared memory that the tensor core kernel needs beside its pages: kScratch in csrc/cuda/kernels.h, 34 KiB, and the few bytes
+# by which the second copy of a table is moved.
 MMA_SCRATCH = 35 << 10
 
 

@@ -69,7 +69,7 @@ def _lane_byte(lane: Tensor, at: Tensor) -> Tensor:
 # Both serve tensor core instructions whose operands a warp looks up, lane l = 4 n + c holding column n and depths of its c.
 # A table row lies across the 32 banks of shared memory, so lanes that look up the same subspace of different tokens at the
 # same time would conflict. Therefore lanes take their steps in an order rotated (xor) by what would make them collide, and
-# the kernel undoes the rotation in the other operand. `csrc/cuda/attention_mma.cu` says how.
+# the kernel undoes the rotation in the other operand. `csrc/cuda/attention_mma.cuh` says how.
 
 
 def _mma_k(t: Tensor, m: Tensor, S: int) -> Tensor:
