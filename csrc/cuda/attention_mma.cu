@@ -8,6 +8,7 @@ namespace {
 // blockIdx: query row of the launch; a thread a pair of channels.
 __global__ void merge_kernel(const __grid_constant__ Attention a) {
 #if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");  // it starts when the splits do, which have waited
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   const int64_t row = blockIdx.x;

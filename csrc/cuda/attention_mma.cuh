@@ -26,11 +26,10 @@
 // A block is one split of the tokens of one row b, KV head and tile of query rows. Its warps come in pairs, one for the
 // scores and one for the values of the same tiles of 64 tokens; probabilities go through two slots of shared memory.
 // Before the codes
-//   * the warps for scores bring the table of keys, and the scores of exact tokens (sinks, ring, new), 16 at a time,
-//   with
-//     loads in place of lookups;
+//   * the warps for scores do the scores of exact tokens (sinks, ring, new), 16 at a time, with loads in place of
+//   lookups;
 //   * the warps for values prepare the queries of the block's RoPE frames, q_f = T^-T R(-t_f) q / power of two in the
-//     order of A, then bring the table of values to where T^-1 was, and do the values of exact tokens.
+//     order of A, with T^-1 in registers; then they do the values of exact tokens.
 // The splits of a row are a cluster of blocks, if so many fit, and merge through each other's shared memory; else they
 // leave partial results and a second kernel merges.
 #pragma once
@@ -119,39 +118,51 @@ struct Block : RowBlock {
     }
   }
 
-  // What all warps will read, computed once: by threads of different warps, at the same time.
-  __device__ void describe() const {
-    if (warp == 0 && lane < S::Rows) {
-      const int row = min(lane, rows - 1), at = query(row), own = h * a.G + (row0 + row) % a.G;
-      const int heads = int(layer.H) * a.G;
-      scratch.rows[lane] = {slot_index(position(row)), coded_end(row), at,
-                            ((int64_t(b) * layer.n + at) * heads + own) * S::D,
-                            (int64_t(b) * heads + own) * layer.n + at};
+  // By the warps for scores.
+  __device__ void init_barriers() const {
+    if (lane != 0) return;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      barrier_init(&scratch.full[warp][i], kArrivals), barrier_init(&scratch.empty[warp][i], kArrivals);
+    if (warp == 0) {
+      barrier_init(&scratch.k_table, arrivals<K>());
+      barrier_init(&scratch.v_table, arrivals<V>());
+      barrier_init(&scratch.queries, S::kHalf);
     }
-    if (warp == 1 && lane <= S::kPairs) {
-      const int at = slot_index(first), oldest = slot_index(max(ring_begin(), int64_t(0)));
-      const int ring = max(min(at - oldest, int(layer.R)), 0), sinks = int(layer.N);
-      const Exact exact = {sinks + ring + int(layer.n), sinks, ring, oldest, at, layer.start[b]};
-      const Range seen = range();
-      // Tiles of 64 slots: there are fewer than 2^24, and splits fewer than 2^8.
-      const uint32_t tile0 = max(seen.begin, 0) / kTile, all = max((seen.end + kTile - 1) / kTile - int(tile0), 0);
-      const int begin = all * blockIdx.x / a.splits, end = all * (blockIdx.x + 1) / a.splits;
-      // Pairs with exact tokens get fewer tiles: the first `more` pairs have a group more than the others.
-      const int groups = (exact.tokens + kGroup - 1) / kGroup;
-      const int tiles = end - begin, mine = max(groups - int(blockIdx.x) + a.splits - 1, 0) / a.splits;
-      const int more = mine % S::kPairs, rest = S::kPairs - more;
-      const int few = max((tiles + kGroupTiles * mine) / S::kPairs - kGroupTiles * (mine / S::kPairs + 1), 0);
-      scratch.bounds[lane] =
-          int(tile0) + begin + min(lane, more) * few + (tiles - more * few) * max(lane - more, 0) / rest;
-      if (lane == 0) {
-        scratch.exact = exact, scratch.seen = seen;
-        if (layer.inv_freq != nullptr) scratch.origin = layer.origin[b];
-        const int first = (int(tile0) + begin) * kTile, last = (int(tile0) + end) * kTile - 1;
-        const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
-        scratch.frames = first > last                ? Frames{0, 0}
-                         : layer.inv_freq == nullptr ? Frames{0, 1}
-                                                     : Frames{first / tokens, min(last / tokens + 1, a.frames)};
-      }
+    bulk_fence();
+  }
+
+  // Which tokens the block reads, and how they are shared out; computed once, by the second warp.
+  __device__ void describe() const {
+    if (warp != 1 || lane > S::kPairs) return;
+    const int at = slot_index(first), oldest = slot_index(max(ring_begin(), int64_t(0)));
+    const int ring = max(min(at - oldest, int(layer.R)), 0), sinks = int(layer.N);
+    const Exact exact = {sinks + ring + int(layer.n),          sinks, ring,          oldest,
+                         ring > 0 ? oldest % int(layer.R) : 0, at,    layer.start[b]};
+    const Range seen = range();
+    // Tiles of 64 slots: there are fewer than 2^24, and splits fewer than 2^8.
+    const uint32_t tile0 = max(seen.begin, 0) / kTile, all = max((seen.end + kTile - 1) / kTile - int(tile0), 0);
+    const int begin = all * blockIdx.x / a.splits, end = all * (blockIdx.x + 1) / a.splits;
+    // Pairs with exact tokens get fewer tiles: the first `more` pairs have a group more than the others.
+    const int groups = (exact.tokens + kGroup - 1) / kGroup;
+    const int tiles = end - begin, mine = max(groups - int(blockIdx.x) + a.splits - 1, 0) / a.splits;
+    const int more = mine % S::kPairs, rest = S::kPairs - more;
+    const int few = max((tiles + kGroupTiles * mine) / S::kPairs - kGroupTiles * (mine / S::kPairs + 1), 0);
+    scratch.bounds[lane] =
+        int(tile0) + begin + min(lane, more) * few + (tiles - more * few) * max(lane - more, 0) / rest;
+    if (lane == 0) {
+      constexpr int kToken = S::D * 2;  // bytes
+      scratch.exact = exact, scratch.seen = seen;
+      const int64_t sink0 = head() * sinks * kToken, ring0 = head() * layer.R * kToken;
+      scratch.places[0] = {layer.k_sinks + sink0, layer.v_sinks + sink0, kToken, kToken};
+      scratch.places[1] = {layer.k_ring + ring0, layer.v_ring + ring0, kToken, kToken};
+      scratch.places[2] = {layer.k_new.at(b, h, 0), layer.v_new.at(b, h, 0), layer.k_new.token, layer.v_new.token};
+      if (layer.inv_freq != nullptr) scratch.origin = layer.origin[b];
+      const int first = (int(tile0) + begin) * kTile, last = (int(tile0) + end) * kTile - 1;
+      const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
+      scratch.frames = first > last                ? Frames{0, 0}
+                       : layer.inv_freq == nullptr ? Frames{0, 1}
+                                                   : Frames{first / tokens, min(last / tokens + 1, a.frames)};
     }
   }
 
@@ -177,24 +188,24 @@ struct Block : RowBlock {
   __device__ int group_step() const { return a.splits * S::kPairs; }
   __device__ int groups() const { return (scratch.exact.tokens + kGroup - 1) / kGroup; }
 
-  // An exact token; slot -1 for none.
+  // An exact token; slot -1 for none, with the address of one that is there.
   struct Token {
     int slot;
     bool in_ring;
     const char *k, *v;
   };
   __device__ Token token(int i) const {
-    const Exact e = scratch.exact;
-    const bool is_sink = i < e.sinks, is_new = i >= e.sinks + e.ring;
-    const int slot = is_sink ? e.start + i : is_new ? e.first + i - e.sinks - e.ring : e.oldest + i - e.sinks;
+    const Exact& e = scratch.exact;
+    const int after_ring = e.sinks + e.ring, r = i - e.sinks;
+    const int kind = i >= e.tokens ? 2 : i < e.sinks ? 0 : i < after_ring ? 1 : 2;
+    const int place = kind == 0 ? i : kind == 1 ? e.ring_slot + r : i - after_ring;
+    const int slot = kind == 0 ? e.start + i : kind == 1 ? e.oldest + r : e.first + place;
     // Not stored yet; already read as a sink.
-    if (i >= e.tokens || slot < e.start || slot < 0 ||
-        (is_sink ? slot >= e.first : !is_new && slot < e.start + e.sinks))
-      return {-1, false, layer.k_new.at(b, h, 0), layer.v_new.at(b, h, 0)};  // some token that is there
-    if (is_new) return {slot, false, layer.k_new.at(b, h, slot - e.first), layer.v_new.at(b, h, slot - e.first)};
-    const int64_t at = (is_sink ? head() * e.sinks + i : head() * layer.R + slot % int(layer.R)) * (S::D * 2);
-    return {slot, !is_sink, (is_sink ? layer.k_sinks : layer.k_ring) + at,
-            (is_sink ? layer.v_sinks : layer.v_ring) + at};
+    const bool none = i >= e.tokens || slot < max(e.start, 0) || (kind == 0 && slot >= e.first) ||
+                      (kind == 1 && slot < e.start + e.sinks);
+    const int at = i >= e.tokens ? 0 : kind == 1 && place >= int(layer.R) ? place - int(layer.R) : place;
+    const ExactPlace& where = scratch.places[kind];
+    return {none ? -1 : slot, kind == 1, where.k + at * where.k_stride, where.v + at * where.v_stride};
   }
   // The ring's oldest slot holds for every row; how far the ring reaches back depends on the row.
   __device__ bool sees(int r, const Token& t) const {
@@ -243,29 +254,38 @@ struct Block : RowBlock {
             min(S::kTiles, tiles - row0 / 4)};
   }
 
-  // Places of T^-1 in shared memory, [D][D]: channels of neighbouring pairs of rows on different banks.
-  static __device__ int inverse_at(int row, int channel) { return row * S::D + (channel ^ (row >> 1 & 3) << 3); }
-  __device__ void load_inverse(float* to) const {
-    const float* from = layer.transform + int64_t(h) * S::D * S::D;
-#pragma unroll 2
-    for (int i = (threadIdx.x - S::kHalf) * 4; i < S::D * S::D; i += S::kHalf * 4)
-      __pipeline_memcpy_async(to + inverse_at(i / S::D, i % S::D), from + i, 16);
-    __pipeline_commit();
+  // A warp's columns of T^-1, `kUnits` times 8 channels, as B operands: pairs of rows as sums of two fp16 numbers. They
+  // stay in registers for all products.
+  static constexpr int kUnits = (S::D / 8 + S::kPairs - 1) / S::kPairs;
+  struct Inverse {
+    uint32_t rounded[S::D / 16][kUnits][2], rest[S::D / 16][kUnits][2];
+  };
+  __device__ int unit(int u) const { return warp - S::kPairs + u * S::kPairs; }
+  __device__ void load_inverse(Inverse& to) const {
+    const float* from = layer.transform + int64_t(h) * S::D * S::D + 2 * c * S::D + n;
+#pragma unroll
+    for (int u = 0; u < kUnits; u++)
+#pragma unroll
+      for (int step = 0; step < S::D / 16; step++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const float* at = from + (16 * step + 8 * i) * S::D + 8 * min(unit(u), S::D / 8 - 1);
+          split(__ldg(at), __ldg(at + S::D), to.rounded[step][u][i], to.rest[step][u][i]);
+        }
   }
 
-  // The block's queries, divided by a power of two so that fp16 neither overflows nor loses small ones. A warp a row.
+  // The block's queries, divided by a power of two so that fp16 neither overflows nor loses small ones, and where they
+  // are. A warp a row.
   __device__ void load_queries() const {
     constexpr int kWords = (S::kLine + kWarp - 1) / kWarp;
 #pragma unroll 1
-    for (int r = (warp + S::kPairs - 2) % S::kPairs; r < S::Rows; r += S::kPairs) {  // warps 0 and 1 describe
+    for (int r = (warp + S::kPairs - 2) % S::kPairs; r < S::Rows; r += S::kPairs) {  // the first two do other things
       const uint32_t* from = reinterpret_cast<const uint32_t*>(query_row(min(r, rows - 1)));
       float2 x[kWords];
       float most = 0.f;
 #pragma unroll
       for (int i = 0; i < kWords; i++) {
-        const uint32_t word = r < rows && i * kWarp + lane < S::kLine ? __ldcg(from + i * kWarp + lane) : 0;
-        x[i] = layer.dtype == DType::bf16 ? __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word))
-                                          : __half22float2(reinterpret_cast<const __half2&>(word));
+        x[i] = to_floats(r < rows && i * kWarp + lane < S::kLine ? __ldcg(from + i * kWarp + lane) : 0, layer.dtype);
         most = fmaxf(most, fmaxf(fabsf(x[i].x), fabsf(x[i].y)));
       }
       float power = __int_as_float(__float_as_int(warp_max(most)) & 0x7f800000);
@@ -275,97 +295,92 @@ struct Block : RowBlock {
       for (int i = 0; i < kWords; i++)
         if (i * kWarp + lane < S::kLine)
           *reinterpret_cast<float2*>(&scratch.query[r][2 * (i * kWarp + lane)]) = {x[i].x * by, x[i].y * by};
-      if (lane == 0) scratch.magnitude[r] = fmaxf(power * fabsf(a.scale) * kLog2e, FLT_MIN);
-    }
-  }
-
-  // T^-1 as sums of two fp16 numbers: of rows 2 p and 2 p + 1, where 2 p was the rounded, where 2 p + 1 was the rest.
-  static __device__ void split_inverse(float* inverse) {
-#pragma unroll 2
-    for (int i = (threadIdx.x - S::kHalf) * 4; i < S::D / 2 * S::D; i += S::kHalf * 4) {
-      const int at = inverse_at(i / S::D * 2, i % S::D);
-      const float4 upper = *reinterpret_cast<const float4*>(inverse + at);
-      const float4 lower = *reinterpret_cast<const float4*>(inverse + at + S::D);
-      uint4 rounded, rest;
-      split(upper.x, lower.x, rounded.x, rest.x), split(upper.y, lower.y, rounded.y, rest.y);
-      split(upper.z, lower.z, rounded.z, rest.z), split(upper.w, lower.w, rounded.w, rest.w);
-      *reinterpret_cast<uint4*>(inverse + at) = rounded, *reinterpret_cast<uint4*>(inverse + at + S::D) = rest;
+      if (lane == 0) {
+        scratch.magnitude[r] = fmaxf(power * fabsf(a.scale) * kLog2e, FLT_MIN);
+        const int row = min(r, rows - 1), at = query(row), own = h * a.G + (row0 + row) % a.G;
+        const int heads = int(layer.H) * a.G;
+        scratch.rows[r] = {slot_index(position(row)), coded_end(row), at,
+                           ((int64_t(b) * layer.n + at) * heads + own) * S::D,
+                           (int64_t(b) * heads + own) * layer.n + at};
+      }
     }
   }
 
   // q_f = T^-T R(-t_f) q of the block's frames. A product with T^-1 on tensor cores, both factors as sums of two fp16
   // numbers, of 16 rows: kFrames frames x the block's query rows. Blocks that share a frame write the same.
-  __device__ void prepare(const Frames& frames, const Prepared& to, float* inverse) const {
+  __device__ void prepare(const Frames& frames, const Prepared& to, const Inverse& inverse) const {
     const int half = layer.inv_freq ? int(layer.half) : 0, thread = threadIdx.x - S::kHalf;
     const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(S::kHalf) : "memory"); };  // the warps for values
-    for (int frame0 = frames.begin; frame0 < frames.end; frame0 += S::kFrames) {
+    // Where the lane's two rows of a product go: [subspace][row & 1][pair of channels][row / 2 of the four].
+    __half2* at[2];
+    int frame[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int row = n + 8 * i, r = row % S::Rows, channel = 8 * unit(0) + 2 * c;
+      frame[i] = r / 4 < to.tiles ? frames.begin + row / S::Rows : kMaxSlot;
+      at[i] = reinterpret_cast<__half2*>(to.at + int64_t(frames.begin + row / S::Rows - to.frame) * to.stride +
+                                         r / 4 * S::D) +
+              ((channel / S::KD * 2 + (r & 1)) * (S::KD / 2) + channel % S::KD / 2) * 2 + (r >> 1 & 1);
+    }
 #pragma unroll 1
-      for (int i = thread; i < S::kFrames * S::kLine; i += S::kHalf) {
-        const int64_t position = (frame0 + i / S::kLine) * layer.frame_tokens + scratch.origin;
-        if (i % S::kLine < half)
-          scratch.turn[i / S::kLine][i % S::kLine] =
-              turn_of(-static_cast<float>(position) * scratch.frequencies[i % S::kLine]);
-      }
-      __pipeline_wait_prior(0);
-      sync();  // and the product before is done, and T^-1 is there
-      if (frame0 == frames.begin && layer.transform != nullptr) split_inverse(inverse);
-#pragma unroll 2
-      for (int i = thread; i < 16 * S::kLine; i += S::kHalf) {
-        const int row = i / S::kLine, pair = i % S::kLine;
+    for (int frame0 = frames.begin; frame0 < frames.end; frame0 += S::kFrames) {
+      if (frame0 > frames.begin) sync();  // the product before is done
+#pragma unroll 1
+      for (int i = thread; i < 8 * S::kLine; i += S::kHalf) {  // a pair of channels of two rows
+        const int row = i / S::kLine * 2, pair = i % S::kLine;
         const bool apart = pair < half && !layer.interleaved;
         const int first = apart ? pair : 2 * pair, second = apart ? pair + half : 2 * pair + 1;
-        const float x = scratch.query[row % S::Rows][first], y = scratch.query[row % S::Rows][second];
-        const float2 by = pair < half ? scratch.turn[row / S::Rows][pair] : float2{1.f, 0.f};
-        split(x * by.x - y * by.y, scratch.turned[0][row][first], scratch.turned[1][row][first]);
-        split(y * by.x + x * by.y, scratch.turned[0][row][second], scratch.turned[1][row][second]);
+        float2 by = {1.f, 0.f};
+        if (pair < half) {
+          const int64_t position = (frame0 + row / S::Rows) * layer.frame_tokens + scratch.origin;
+          by = turn_of(-static_cast<float>(position) * scratch.frequencies[pair]);
+        }
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          const float x = scratch.query[row % S::Rows + k][first], y = scratch.query[row % S::Rows + k][second];
+          split(x * by.x - y * by.y, scratch.turned[0][row + k][first], scratch.turned[1][row + k][first]);
+          split(y * by.x + x * by.y, scratch.turned[0][row + k][second], scratch.turned[1][row + k][second]);
+        }
       }
       sync();
-      constexpr int kUnits = (S::D / 8 + S::kPairs - 1) / S::kPairs;  // of 8 channels, a warp
-      float y[kUnits][4] = {}, more[2][kUnits][4] = {};
-      const auto unit = [&](int i) { return warp - S::kPairs + i * S::kPairs; };
+      float y[kUnits][4] = {}, more[kUnits][4] = {};
       if (layer.transform != nullptr) {
-#pragma unroll 2
+#pragma unroll
         for (int step = 0; step < S::D / 16; step++) {
-          uint32_t left[2][4], right[2][2];
+          uint32_t left[2][4];
 #pragma unroll
           for (int part = 0; part < 2; part++)
             load_operand(&scratch.turned[part][lane & 15][16 * step + (lane >> 4) * 8], left[part]);
 #pragma unroll
           for (int u = 0; u < kUnits; u++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-              const float* from = inverse + inverse_at(16 * step + 2 * c + 8 * i, 8 * min(unit(u), S::D / 8 - 1) + n);
-              right[0][i] = __float_as_uint(from[0]), right[1][i] = __float_as_uint(from[S::D]);
-            }
-            mma_dense(more[0][u], left[1], right[0][0], right[0][1]);
-            mma_dense(more[1][u], left[0], right[1][0], right[1][1]);
-            mma_dense(y[u], left[0], right[0][0], right[0][1]);
+            mma_dense(more[u], left[1], inverse.rounded[step][u][0], inverse.rounded[step][u][1]);
+            mma_dense(y[u], left[0], inverse.rounded[step][u][0], inverse.rounded[step][u][1]);
+            mma_dense(more[u], left[0], inverse.rest[step][u][0], inverse.rest[step][u][1]);
           }
         }
+      } else {
+#pragma unroll
+        for (int u = 0; u < kUnits; u++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            const int row = n + e / 2 * 8, channel = min(8 * unit(u), S::D - 8) + 2 * c + e % 2;
+            y[u][e] = __half2float(scratch.turned[0][row][channel]);
+            more[u][e] = __half2float(scratch.turned[1][row][channel]);
+          }
       }
 #pragma unroll
-      for (int u = 0; u < kUnits; u++) {
-        if (unit(u) >= S::D / 8) break;
-        const int channel = 8 * unit(u) + 2 * c;
+      for (int i = 0; i < 2; i++) {
+        if (frame[i] < frames.end) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int row = n + 8 * i, r = row % S::Rows, frame = frame0 + row / S::Rows;
-          if (frame >= frames.end || r / 4 >= to.tiles) continue;
-          float2 x = {y[u][2 * i] + more[0][u][2 * i] + more[1][u][2 * i],
-                      y[u][2 * i + 1] + more[0][u][2 * i + 1] + more[1][u][2 * i + 1]};
-          if (layer.transform == nullptr) {
-            const float2 rounded = __half22float2(*reinterpret_cast<const __half2*>(&scratch.turned[0][row][channel]));
-            const float2 rest = __half22float2(*reinterpret_cast<const __half2*>(&scratch.turned[1][row][channel]));
-            x = {rounded.x + rest.x, rounded.y + rest.y};
-          }
-          __half2* at = reinterpret_cast<__half2*>(to.at + int64_t(frame - to.frame) * to.stride + r / 4 * S::D);
-          // [subspace][row & 1][pair of channels][row / 2 of the four]
-          at[((channel / S::KD * 2 + (r & 1)) * (S::KD / 2) + channel % S::KD / 2) * 2 + (r >> 1 & 1)] =
-              __floats2half2_rn(x.x, x.y);
+          for (int u = 0; u < kUnits; u++)
+            if (unit(u) < S::D / 8)
+              at[i][16 * S::kPairs * u] =
+                  __floats2half2_rn(y[u][2 * i] + more[u][2 * i], y[u][2 * i + 1] + more[u][2 * i + 1]);
+          frame[i] += S::kFrames;
         }
+        at[i] += 2 * S::kFrames * to.stride;
       }
     }
-    __pipeline_wait_prior(0);  // a block without frames has waited for nothing
   }
 
   // ---- scores ----
@@ -602,16 +617,24 @@ struct Block : RowBlock {
       }
       if (last) break;
     }
-    if (a.mask != nullptr || slot0 < scratch.seen.begin || slot0 + kTile > scratch.seen.all_end) {
+    if (slot0 < scratch.seen.begin || slot0 + kTile > scratch.seen.all_end) {
+#pragma unroll
+      for (int rr = 0; rr < S::kLaneRows; rr++) {
+        const int end = scratch.rows[lane_row(rr)].coded_end;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          if (slot + i < scratch.seen.begin || slot + i >= end) s[rr][i] = -INFINITY;
+      }
+    }
+    if (a.mask != nullptr) {
 #pragma unroll 1
       for (int i = 0; i < 4; i++) {
 #pragma unroll
         for (int rr = 0; rr < S::kLaneRows; rr++) {
-          const int r = lane_row(rr), at = slot + i;
-          const bool seen = at >= scratch.seen.begin && at < scratch.rows[r].coded_end && !masked(r, at);
+          const bool hidden = masked(lane_row(rr), slot + i);
 #pragma unroll
           for (int j = 0; j < 4; j++)
-            if (i == j && !seen) s[rr][j] = -INFINITY;
+            if (i == j && hidden) s[rr][j] = -INFINITY;
         }
       }
     }
@@ -779,8 +802,15 @@ struct Block : RowBlock {
     float2* parts = reinterpret_cast<float2*>(shared + S::kPairs * kPart * sizeof(float));
     for (int i = threadIdx.x; i < rows * kLine; i += S::kThreads) {
       const int r = i / kLine, line = i % kLine;
+      // All loads at once: reference maximum and factors before the numerators.
+      float2 ends[S::kPairs];
       Merged row;
-#pragma unroll 2
+#pragma unroll
+      for (int pair = 0; pair < S::kPairs; pair++) {
+        ends[pair] = scratch.ends[pair][r];
+        row.top = fmaxf(row.top, ends[pair].y == 0.f ? kLowest : ends[pair].x);
+      }
+#pragma unroll
       for (int pair = 0; pair < S::kPairs; pair++) {
         float2 x = {0.f, 0.f};
 #pragma unroll
@@ -789,7 +819,7 @@ struct Block : RowBlock {
               *reinterpret_cast<const float2*>(&numerators[pair * kPart + (rotation * S::Rows + r) * S::D + 2 * line]);
           x.x += y.x, x.y += y.y;
         }
-        row.add(scratch.ends[pair][r], x);
+        row.add_below(ends[pair], x);
       }
       if (a.splits == 1) {
         row.store(a, scratch.rows[r].out, scratch.rows[r].lse, line);
@@ -810,7 +840,7 @@ struct Block : RowBlock {
     for (int i = begin + int(threadIdx.x); i < min(begin + share, rows * kLine); i += S::kThreads) {
       const int r = i / kLine, line = i % kLine;
       Merged row;
-#pragma unroll 4
+#pragma unroll 8
       for (int split = 0; split < a.splits; split++)
         row.add(from_block(&scratch.merged[r], split), from_block(parts + i, split));
       row.store(a, scratch.rows[r].out, scratch.rows[r].lse, line);
@@ -827,14 +857,14 @@ struct Block : RowBlock {
     return {tokens, now, int(min((int64_t(now) + 1) * tokens, int64_t(kMaxSlot)))};
   }
 
-  // The values of a pair's first exact tokens.
+  // To the L2 cache: the values of a pair's first exact tokens.
   __device__ void prefetch_exact(int pair) const {
     if (first_group(pair) >= groups()) return;
     const char* line = token(first_group(pair) * kGroup + (lane & 15)).v + (lane >> 4) * 128;
     if (lane < 16 || S::D > 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
   }
 
-  // Of the tiles a pair begins with.
+  // To the L2 cache: the tiles that a pair begins with.
   __device__ void prefetch_first() const {
 #if __CUDA_ARCH__ >= 900
     const Run tiles = run(warp % S::kPairs);
@@ -861,13 +891,15 @@ struct Block : RowBlock {
     }
     const Run tiles = run(pair);
     prefetch_first();
+    Words words;
+    const uint8_t* at = codes(tiles);
+    if (tiles.begin < tiles.end) {
+#pragma unroll
+      for (int i = 0; i < kKeyUnit.words / 4; i++) fetch(words, i, at);
+    }
     barrier_wait(&scratch.k_table, 0);  // even if there are no codes: the table must be there before it is overwritten
     barrier_wait(&scratch.queries, 0);
     if (tiles.begin < tiles.end) {
-      const uint8_t* at = codes(tiles);
-      Words words;
-#pragma unroll
-      for (int i = 0; i < kKeyUnit.words / 4; i++) fetch(words, i, at);
 #pragma unroll
       for (int rr = 0; rr < S::kLaneRows; rr++) state.magnitude[rr] = scratch.magnitude[lane_row(rr)];
       Frame frame = first_frame(tiles);
@@ -914,53 +946,41 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   // The host checked that it is so; the upper byte is the block's rank in its cluster.
   if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  // Not before: the append that may start from here on reads what the kernels before have written.
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
   const Block<S> block(a, shared);
   const bool scores = block.warp < S::kPairs;
   const int pair = scores ? block.warp : block.warp - S::kPairs;
-  // T^-1 lies where the table of values comes when the queries are prepared.
   char* const v_table = shared + S::kValueTable;
-  float* const inverse = reinterpret_cast<float*>(v_table);
-  static_assert(S::D * S::D * sizeof(float) <= S::V::kBytes);
+  using K = typename S::K;
+  using V = typename S::V;
+  typename Block<S>::Inverse inverse;
   if (scores) {
+    block.init_barriers();
     block.describe();
     block.load_queries();
-    if (block.lane == 0) {
-      for (int i = 0; i < 2; i++) {
-        barrier_init(&block.scratch.full[pair][i], kArrivals);
-        barrier_init(&block.scratch.empty[pair][i], kArrivals);
-      }
-      if (pair == S::kPairs - 1) {
-        barrier_init(&block.scratch.k_table, Block<S>::template arrivals<typename S::K>());
-        barrier_init(&block.scratch.v_table, Block<S>::template arrivals<typename S::V>());
-        barrier_init(&block.scratch.queries, S::kHalf);
-      }
-    }
-    bulk_fence();
   } else {
-    if (a.layer.transform != nullptr) block.load_inverse(inverse);
     const int i = threadIdx.x - S::kHalf;
     if (a.layer.inv_freq != nullptr && i < a.layer.half) block.scratch.frequencies[i] = __ldg(a.layer.inv_freq + i);
     if (i < S::Rows * kTile / 8) reinterpret_cast<uint4*>(block.scratch.zeros)[i] = uint4{};
+    if (a.layer.transform != nullptr) block.load_inverse(inverse);
   }
   __syncthreads();
   const Frames frames = block.scratch.frames;
   const typename Block<S>::Prepared prepared = block.prepared(frames);
   float* numerators = reinterpret_cast<float*>(shared);  // [kPairs][Rows][D], when the tables are done with
   if (scores) {
-    Block<S>::template load_table<typename S::K>(block.codebook(a.layer.k), shared, &block.scratch.k_table);
+    Block<S>::template load_table<K>(block.codebook(a.layer.k), shared, &block.scratch.k_table);
     block.score(pair, prepared);
     __syncthreads();
   } else {
+    Block<S>::template load_table<V>(block.codebook(a.layer.v), v_table, &block.scratch.v_table);
     block.prefetch_exact(pair);
     block.prepare(frames, prepared, inverse);
     barrier_arrive(&block.scratch.queries);
     block.prefetch_first();
-    bulk_fence();
-    asm volatile("bar.sync 1, %0;" ::"n"(S::kHalf) : "memory");  // all have read T^-1
-    Block<S>::template load_table<typename S::V>(block.codebook(a.layer.v), v_table, &block.scratch.v_table);
     typename Block<S>::Outputs o;
     block.weigh(pair, o);
     barrier_wait(&block.scratch.k_table, 0);  // which the numerators overwrite
@@ -971,20 +991,23 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   block.finish(numerators);
 }
 
-// Whether the splits of a row can be clusters that merge by themselves: if as many fit at once as blocks do.
+// Whether the splits of a row can be clusters that merge by themselves: if that takes no more waves of blocks.
 template <class S>
 bool clusters_fit(cudaLaunchConfig_t config, int splits) {
-  static std::atomic<int> known[kMaxCluster + 1];  // 0: not asked yet; GPUs of one machine are taken to be alike
+  static std::atomic<int>
+      known[kMaxCluster + 1];  // how many fit at once, plus 1; GPUs of one machine are taken to be alike
   if (splits > kMaxCluster) return false;
+  int device = 0, blocks = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
   if (known[splits] == 0) {
-    int most = 0, device = 0, blocks = 0;
-    const auto error = cudaOccupancyMaxActiveClusters(&most, attend_kernel<S>, &config);
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) cudaGetLastError();  // clears it
-    known[splits] = error == cudaSuccess && most >= blocks / splits ? 1 : -1;
+    int most = 0;
+    if (cudaOccupancyMaxActiveClusters(&most, attend_kernel<S>, &config) != cudaSuccess)
+      most = 0, cudaGetLastError();  // clears it
+    known[splits] = most + 1;
   }
-  return known[splits] > 0;
+  const int most = known[splits] - 1, clusters = int(config.gridDim.y * config.gridDim.z);
+  return most > 0 && (clusters + most - 1) / most <= (clusters * splits + blocks - 1) / blocks;
 }
 
 template <class S>

@@ -53,7 +53,11 @@ struct Frames {
 
 // The exact tokens in order: sinks, ring, new tokens.
 struct Exact {
-  int tokens, sinks, ring, oldest, first, start;  // `ring` tokens from slot `oldest` on
+  int tokens, sinks, ring, oldest, ring_slot, first, start;  // `ring` tokens from slot `oldest`, place `ring_slot`, on
+};
+struct ExactPlace {
+  const char *k, *v;
+  int64_t k_stride, v_stride;  // of a token, bytes
 };
 
 template <class S>
@@ -67,13 +71,13 @@ struct Scratch {
   __half turned[2][16][S::D + 8];  // rotated queries of a product, rounded, and what that lost; rows on different banks
   uint2 prepared[S::kKept][S::kTiles][S::D];  // queries of the block's frames, if they are this few
   float query[S::Rows][S::D];                 // divided by its power of two
-  float2 turn[S::kFrames][S::D / 2];          // cosine and sine
   float frequencies[S::D / 2];
   __half zeros[S::Rows][kTile];  // what lanes read whose probabilities another rotation takes
   float magnitude[S::Rows];      // the power of two, times scale * log2(e)
   Row rows[S::Rows];
   Range seen;
   Exact exact;
+  ExactPlace places[3];       // sinks, ring, new tokens
   int bounds[S::kPairs + 1];  // of the pairs' tiles
   Frames frames;
   int origin;
@@ -112,6 +116,11 @@ __device__ __forceinline__ uint32_t to_half2(uint32_t x, DType dtype) {
   return reinterpret_cast<const uint32_t&>(y);
 }
 
+__device__ __forceinline__ float2 to_floats(uint32_t x, DType dtype) {
+  return dtype == DType::bf16 ? __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x))
+                              : __half22float2(reinterpret_cast<const __half2&>(x));
+}
+
 // Channels of an exact token as the tables' entries are, fp16; zero where `live` is not set. It loads all the same, so
 // that a warp's loads do not wait for each other.
 template <int Words>
@@ -138,6 +147,13 @@ struct Merged {
     const float higher = fmaxf(top, end.x), mine = exp2_fast(top - higher), theirs = exp2_fast(end.x - higher);
     top = higher, total = total * mine + end.y * theirs;
     x = {x.x * mine + y.x * theirs, x.y * mine + y.y * theirs};
+  }
+
+  // A part whose reference maximum is at most `top`.
+  __device__ __forceinline__ void add_below(float2 end, float2 y) {
+    const float theirs = end.y == 0.f ? 0.f : exp2_fast(end.x - top);
+    total += end.y * theirs;
+    x = {x.x + y.x * theirs, x.y + y.y * theirs};
   }
 
   // `out`, `lse`: the row's first element of the results.

@@ -31,6 +31,9 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
+// Programmatic dependent launch.
+bool can_overlap() { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+
 // What the current device cannot run is refused before anything is launched.
 void check_head_dim(int64_t D) {
   constexpr int kWideShared = 161 << 10;
@@ -121,20 +124,23 @@ void pq_append_(MILLION_APPEND_PARAMETERS) {
   check_head_dim(layer.D);
   check_grid(layer.B, layer.H);
   if (layer.B * layer.H == 0) return;
-  check_launch("pq_append_", append_launch(layer, stream_of(k)));
+  check_launch("pq_append_", append_launch(layer, can_overlap(), stream_of(k)));
 }
 
 // Blocks that share the tokens of a row: as many as make the whole launch shortest when the cache is full, because the
-// length is known on the device alone. A block costs about kPrologue tokens before its first, its part of the merging
-// kMerge; as many blocks run at once as there are multiprocessors.
-int splits_for(const Attention& a, int64_t row_blocks) {
-  constexpr int64_t kPrologue = 1000, kMerge = 16;
+// length is known on the device alone. Costs are in tokens of a block of the tensor core kernel with at most 4 query
+// rows: what a block does before its first token (kPrologue), its part of the merging (kMerge), and the launch that
+// merges what clusters cannot (kLaunch, measured at 4k to 32k tokens). As many blocks run at once as there are
+// multiprocessors.
+int splits_for(const Attention& a, int64_t row_blocks, bool tensor_cores) {
+  constexpr int64_t kPrologue = 1000, kMerge = 16, kLaunch = 1000, kCluster = 8;
   const int64_t at_once = attribute(cudaDevAttrMultiProcessorCount), blocks = a.layer.B * a.layer.H * row_blocks;
-  const int64_t tokens = std::min(a.layer.k.slots, a.layer.v.slots);
+  const int64_t tokens = std::min(a.layer.k.slots, a.layer.v.slots), weight = a.rows > 4 ? 2 : 1;
   int64_t best = 1, best_cost = 0;
   for (int64_t splits = 1; splits <= std::max<int64_t>(1, std::min(at_once, tokens / 64)); splits++) {
     const int64_t waves = (blocks * splits + at_once - 1) / at_once;
-    const int64_t cost = waves * (kPrologue + (tokens + splits - 1) / splits) + kMerge * splits;
+    const int64_t launch = tensor_cores && a.overlap && splits > kCluster ? kLaunch : 0;
+    const int64_t cost = waves * (kPrologue + weight * ((tokens + splits - 1) / splits)) + kMerge * splits + launch;
     if (splits == 1 || cost < best_cost) best = splits, best_cost = cost;
   }
   return int(best);
@@ -170,13 +176,13 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   const int64_t block = std::min({layer.n, kMaxQueries, std::max<int64_t>(1, kWorkspaceFloats / query_floats)});
   const int64_t tiles = (block * G + 3) / 4;  // of 4 query rows
   a.rows = int(block * G);
-  a.splits = splits_for(a, (a.rows + 7) / 8);
+  a.overlap = can_overlap();
+  a.splits = splits_for(a, (a.rows + 7) / 8, tensor_cores);
   const auto floats = [&](int64_t count) { return torch::stable::new_empty(q, {count}, ScalarType::Float); };
   Tensor prepared = floats(tensor_cores ? layer.B * layer.H * tiles * a.frames * 2 * layer.D : query_floats * block);
   Tensor partials = floats(layer.B * heads * block * a.splits * (layer.D + 2));
   a.prepared = prepared.mutable_data_ptr();
   a.partials = static_cast<float*>(partials.mutable_data_ptr());
-  a.overlap = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   for (int64_t first = 0; first < layer.n; first += block) {
     a.query0 = int(first);
     a.rows = int(std::min(block, layer.n - first) * G);

@@ -299,7 +299,7 @@ __device__ void nearest_few(const float* point, int channels, const __half* code
 }
 
 // blockIdx: kChannels channels, (row, KV head), token x (keys, values).
-__global__ void __launch_bounds__(kThreads) append_few_kernel(const Layer a) {
+__device__ void append_few(const Layer& a) {
   __shared__ float x[256], rotated[256], point[kChannels];  // head_dim up to 256
   const int b = blockIdx.y / int(a.H), h = blockIdx.y % int(a.H), t = blockIdx.z / 2, D = int(a.D), R = int(a.R);
   const int channel0 = blockIdx.x * kChannels, channels = min(kChannels, D - channel0);
@@ -356,6 +356,19 @@ __global__ void __launch_bounds__(kThreads) append_few_kernel(const Layer a) {
   }
 }
 
+// `early`: one token, which may be written while the attention before this launch still reads: its query sees neither
+// the slot whose code is written nor what the ring loses. The kernels after this one wait for it alone, so it ends
+// last.
+__global__ void __launch_bounds__(kThreads) append_few_kernel(const Layer a, bool early) {
+#if __CUDA_ARCH__ >= 900
+  if (!early) asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  append_few(a);
+#if __CUDA_ARCH__ >= 900
+  if (early) asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 }  // namespace
 
 cudaError_t encode_launch(const Encode& a, cudaStream_t stream) {
@@ -372,11 +385,16 @@ cudaError_t decode_launch(const Decode& a, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t append_launch(const Layer& a, cudaStream_t stream) {
+cudaError_t append_launch(const Layer& a, bool overlap, cudaStream_t stream) {
   if (a.n <= kFew) {
     const dim3 grid((a.D + kChannels - 1) / kChannels, a.B * a.H, 2 * a.n);
-    append_few_kernel<<<grid, kThreads, 0, stream>>>(a);
-    return cudaGetLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = dim3(kThreads), config.stream = stream;
+    cudaLaunchAttribute start;
+    start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    start.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &start, config.numAttrs = overlap ? 1 : 0;
+    return cudaLaunchKernelEx(&config, append_few_kernel, a, overlap && a.n == 1);
   }
   const dim3 grid((a.n + kTokens - 1) / kTokens, a.B * a.H, 2);
   const size_t shared = (size_t(2) * kTokens + kSlice + 1) * a.D * sizeof(float);

@@ -109,3 +109,37 @@ def test_several_caches_on_several_streams():
 def test_full_buffers_drop_writes():
     layer = make_layer(heads=2, head_dim=128, past=120, capacity=128, recent=16, dtype=torch.float16)
     run_both([Decoding(layer, 4)], 4, 20)
+
+
+@pytest.mark.parametrize("batch, capacity", [(1, 200_000), (8, 40_000), (20, 20_000)])  # a launch to merge, clusters, waves
+@pytest.mark.parametrize("recent", [0, 1, 64])
+def test_append_beside_attention(batch, capacity, recent):
+    """The append of one token runs while the attention before it still reads; what comes after both waits for both."""
+    layer = make_layer(batch=batch, heads=8, head_dim=128, past=capacity - 8, capacity=capacity, recent=recent,
+                       frame_tokens=2048, dtype=torch.float16)  # fmt: skip
+    new = layer.new_tokens(1, 4)
+    alone = ops.pq_attention(*layer.attention_args(*new))
+    appended = layer.clone()
+    ops.pq_append_(*appended.append_args(*new[1:]))
+    torch.cuda.synchronize()
+    before = layer.clone()
+
+    def step():
+        out = ops.pq_attention(*layer.attention_args(*new))
+        ops.pq_append_(*layer.append_args(*new[1:]))
+        return out * 2  # reads what attention wrote, and depends on the append alone
+
+    for _ in range(5):
+        doubled = step()
+        assert torch.equal(doubled, alone * 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        doubled = step()
+    for _ in range(5):
+        for name, x in before.buffers.items():
+            layer.buffers[name].copy_(x)
+        doubled.fill_(7)
+        graph.replay()
+        assert torch.equal(doubled, alone * 2)
+        for name, x in appended.buffers.items():
+            assert torch.equal(x.nan_to_num(7), layer.buffers[name].nan_to_num(7)), name
