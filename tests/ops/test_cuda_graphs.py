@@ -111,7 +111,9 @@ def test_full_buffers_drop_writes():
     run_both([Decoding(layer, 4)], 4, 20)
 
 
-@pytest.mark.parametrize("batch, capacity", [(1, 200_000), (8, 40_000), (20, 20_000)])  # a launch to merge, clusters, waves
+@pytest.mark.parametrize(
+    "batch, capacity", [(1, 200_000), (8, 40_000), (20, 20_000)]
+)  # a launch to merge, clusters, waves
 @pytest.mark.parametrize("recent", [0, 1, 64])
 def test_append_beside_attention(batch, capacity, recent):
     """The append of one token runs while the attention before it still reads; what comes after both waits for both."""
