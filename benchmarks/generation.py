@@ -37,7 +37,7 @@ from benchmarks.timing import replayed, synchronize
 from million_cache import PRESETS, Codebooks, MillionStaticCache, PQConfig, disable, enable
 from million_cache.cache import KVHandle
 from million_cache.codebook import LayerCodebooks
-from million_cache.models import fingerprint, head_dim, kv_heads, measure_rotations
+from million_cache.models import cache_argument, fingerprint, head_dim, kv_heads, measure_rotations
 from million_ops.layout import CENTROIDS
 
 FILL_TOKENS = 8192  # random tokens appended at a time, over all rows
@@ -302,11 +302,11 @@ def decode_step(model: LlamaForCausalLM, kind: Kind, cache: Cache, batch: int, b
     """
     token = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)
     forward = torch.compile(model, fullgraph=True, backend=backend) if kind.compiled else model
-    rewind = rewinder(cache)
+    rewind, taken = rewinder(cache), cache_argument(model, cache)
 
     @torch.no_grad()
     def step() -> Tensor:
-        logits = forward(token, past_key_values=cache, use_cache=True).logits
+        logits = forward(token, use_cache=True, **taken).logits
         rewind()
         return logits
 
@@ -371,7 +371,7 @@ def prefill_seconds(model: LlamaForCausalLM, make_cache: Callable[[], Cache], to
         cache = make_cache()
         synchronize(device)
         begin = time.perf_counter()
-        model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1).cpu()
+        model(prompt, use_cache=True, logits_to_keep=1, **cache_argument(model, cache)).logits.argmax(-1).cpu()
         seconds = time.perf_counter() - begin
         del cache  # before the next is made
         if i > 0:

@@ -43,6 +43,7 @@ from benchmarks.generation import (
 )
 from benchmarks.timing import synchronize
 from million_cache import PRESETS, MillionStaticCache
+from million_cache.models import cache_argument
 
 DTYPE = torch.bfloat16
 NAME = "million_tokens"  # of the file in results/
@@ -115,7 +116,7 @@ def longest_context(shape: str, preset: str, limits: list[float], layers: int | 
             try:
                 cache = MillionStaticCache(config, books, tokens, 1, device, DTYPE)
                 fill(cache, model, 1, 1)
-                model(token, past_key_values=cache, use_cache=True)
+                model(token, use_cache=True, **cache_argument(model, cache))
                 synchronize(device)
             except Exception as error:  # the op's own allocations raise a plain RuntimeError
                 if not is_out_of_memory(error):

@@ -13,12 +13,14 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
+from million_cache import long_chunk
 from million_cache.cache import KVHandle, MillionLayer
 from million_cache.models import check_supported, fingerprint
 from million_cache.state import ATTENTION, Enabled, PaddingCheck, enabled, forget_enabled, record_enabled
 
 # Forwards of up to this many tokens on a non-empty cache take the decode path, where a chunk equals single steps whatever the
-# window. A longer one is a prefill: like a prefill into an empty cache it attends to all of its own tokens exactly.
+# window. A longer one is a prefill: like a prefill into an empty cache it attends to all of its own tokens exactly; on a GPU
+# (`long_chunk.py`) to the recent tokens before it as well.
 DECODE_CHUNK = 64
 
 # What an attention function may be asked for and this one cannot give, by its keyword.
@@ -147,17 +149,29 @@ def million_attention(module, query, key, value, attention_mask, dropout=0.0, sc
     else:
         mask = None if is_pair else attention_mask
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        step = n if n > DECODE_CHUNK else max(1, layer.state.recent_tokens)
-        parts = []
-        for i in range(0, n, step):
-            new = slice(i, i + step)
-            k, v = key.new[:, :, new], value.new[:, :, new]
-            rows = None if mask is None else mask[:, :, new]
-            parts.append(layer.attend(query[:, :, new], k, v, rows, scale, offset=i))
-            layer.append(k, v, offset=i, after=parts[-1])
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        out = None
+        if n > DECODE_CHUNK and mask is None and long_chunk.serves(query):
+            out = long_chunk.attend_long(layer, query, key.new, value.new, scale)
+        if out is not None:
+            layer.append(key.new, value.new, after=out)
+        else:
+            out = _attend_and_append(layer, query, key.new, value.new, mask, scale)
     layer.finish()
     return out, None
+
+
+def _attend_and_append(
+    layer: MillionLayer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """By the ops, in pieces that the window covers if the chunk is short: [B, n, Hq, D]."""
+    n, parts = q.shape[2], []
+    step = n if n > DECODE_CHUNK else max(1, layer.state.recent_tokens)
+    for i in range(0, n, step):
+        new = slice(i, i + step)
+        rows = None if mask is None else mask[:, :, new]
+        parts.append(layer.attend(q[:, :, new], k[:, :, new], v[:, :, new], rows, scale, offset=i))
+        layer.append(k[:, :, new], v[:, :, new], offset=i, after=parts[-1])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _set_start(layer: MillionLayer, mask: Tensor | None, is_pair: bool) -> None:

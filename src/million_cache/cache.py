@@ -463,9 +463,10 @@ class MillionStaticCache(StaticCache):
         if layer_idx == 0 and not torch.compiler.is_compiling():
             quantised = self.layers[min(self.state.codebooks.layers)]
             first = self.layers[0]
-            if first.is_initialized and (key_states.dtype, key_states.device) != (first.dtype, first.device):
+            held = first if isinstance(first, MillionLayer) else first.keys  # None before it is initialised
+            if first.is_initialized and (key_states.dtype, key_states.device) != (held.dtype, held.device):
                 raise ValueError(
-                    f"the cache holds {first.dtype} on {first.device}, got {key_states.dtype} on {key_states.device}; nothing was written: give "
+                    f"the cache holds {held.dtype} on {held.device}, got {key_states.dtype} on {key_states.device}; nothing was written: give "
                     "MillionStaticCache the model's device= and dtype="
                 )
             if not first.is_initialized and not self._is_spread():

@@ -23,6 +23,7 @@ from million_cache.attention import disable, enable
 from million_cache.cache import MillionStaticCache
 from million_cache.codebook import Codebooks
 from million_cache.config import PQConfig
+from million_cache.models import cache_argument
 
 CHUNK = 64  # most tokens of one forward through the decode path
 REFERENCE_BYTES = 1 << 29  # reference logits held at once: one prefill of 2048 tokens at SmolLM2's vocabulary
@@ -146,7 +147,8 @@ def evaluate(
 
     def logits_of(context: Tensor, start: int, end: int, past: StaticCache) -> Tensor:
         inputs = context[None, start:end]
-        return model(inputs, past_key_values=past, position_ids=positions[:, start:end], use_cache=True).logits[0]
+        taken = cache_argument(model, past)
+        return model(inputs, position_ids=positions[:, start:end], use_cache=True, **taken).logits[0]
 
     try:
         for context in contexts:

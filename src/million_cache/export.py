@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from million_cache.cache import MillionLayer, MillionStaticCache
+from million_cache.models import cache_argument
 from million_cache.state import ATTENTION
 
 
@@ -51,13 +52,13 @@ class DecodeStep(nn.Module):
             )
         if not all(layer.is_initialized for layer in cache.layers):
             raise RuntimeError("the cache has no buffers yet: give it batch_size=, device= and dtype=")
-        self.model, self.cache = model, cache
+        self.model, self.cache, self._taken = model, cache, cache_argument(model, cache)
         for name, tensor in cache.named_tensors().items():
             self.register_buffer(name, tensor)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """input_ids, position_ids [B, 1] int64 (a padded row's position is its slot less its padding); logits [B, 1, vocabulary]."""
-        return self.model(input_ids, position_ids=position_ids, past_key_values=self.cache).logits
+        return self.model(input_ids, position_ids=position_ids, **self._taken).logits
 
     def example(self) -> tuple[Tensor, Tensor]:
         """Arguments of the right shape for `torch.export.export`."""

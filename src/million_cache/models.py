@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from million_ops.reference import rotate
 
@@ -205,6 +206,12 @@ def _rotation_of(keys: Tensor, candidates: list[Tensor]) -> Rotation:
     return best[1] if best[0] <= tolerance and size.any() else Rotation("unknown")
 
 
+def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """``cache`` as the keyword argument of a model's call and of its ``generate``: named ``cache``, or ``past_key_values`` in
+    transformers before 5.24."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
 def measure_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
     """Measure how each full-attention layer rotates its keys, by one forward of 12 equal tokens.
 
@@ -220,7 +227,8 @@ def measure_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
     ids = torch.full((1, PROBE_TOKENS), token, device=model.device)
     cache = _KeyRecorder(config)
     with evaluating(model):
-        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        taken = cache_argument(model.base_model, cache)
+        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **taken)
     candidates = _frequencies(model)
     return {
         i: _rotation_of(cache.recorded[i][0], candidates) for i in full_attention_layers(config) if i in cache.recorded

@@ -30,6 +30,7 @@ from million_cache.codebook import Codebooks
 from million_cache.config import PQConfig
 from million_cache.evaluate import evaluate, tensor_bytes, with_window
 from million_cache.loading import UserError, atomic_path, contexts, hub_reachable, shipped_codebooks
+from million_cache.models import cache_argument
 from million_cache.tasks import TASKS, make_examples, run_tasks, summary
 
 
@@ -169,7 +170,7 @@ def generate_text(
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **cache_argument(model, cache),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=clock,

@@ -68,6 +68,7 @@ class Clock:
         self.time = torch.zeros(3, dtype=torch.int64, device=device)
         self.start = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.origin = torch.full((batch_size,), first_position, dtype=torch.int32, device=device)
+        self._on_host: tuple[int, int, list[int]] | None = None  # of the forward that has begun
         self.mark_static()
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -77,7 +78,16 @@ class Clock:
         for x in self.tensors():
             torch._dynamo.mark_static_address(x)
 
+    def on_host(self) -> tuple[int, int, list[int]]:
+        """(past, ring_lo, start) of the forward that has begun. Waits for the device, once a forward; not while tracing."""
+        if self._on_host is None:
+            past, _, ring_lo = self.time.tolist()
+            self._on_host = past, ring_lo, self.start.tolist()
+        return self._on_host
+
     def begin(self, n: int) -> None:
+        if not torch.compiler.is_compiling():
+            self._on_host = None
         past, total, ring_lo = self.time.unbind()
         self.time.copy_(torch.stack((past, past + n, self._ring_begin(past, total, ring_lo, total > past))))
 

@@ -26,6 +26,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, Static
 from million_cache.attention import DECODE_CHUNK, disable, enable
 from million_cache.cache import MillionStaticCache
 from million_cache.codebook import Codebooks
+from million_cache.models import cache_argument
 
 SINKS = 12  # tokens that no introduction is shorter than
 WINDOW = 160  # tokens that always follow the last hidden fact, and so push it out of the presets' exact window of 128
@@ -279,14 +280,14 @@ def answer(model: PreTrainedModel, cache: Cache, example: Example) -> list[Answe
         An `Answer` a question.
     """
     haystack = example.haystack[None].to(model.device)
-    model.base_model(input_ids=haystack, past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=haystack, use_cache=True, **cache_argument(model.base_model, cache))
     answers = []
     for question, right in example.questions:
         own = copy.deepcopy(cache)
         inputs = torch.cat((question, right[:-1]))[None].to(model.device)
         positions = haystack.shape[1] + torch.arange(inputs.shape[1], device=model.device)[None]
         parts = [
-            model(a, past_key_values=own, position_ids=b, use_cache=True).logits[0].float()
+            model(a, position_ids=b, use_cache=True, **cache_argument(model, own)).logits[0].float()
             for a, b in zip(inputs.split(DECODE_CHUNK, 1), positions.split(DECODE_CHUNK, 1))
         ]
         log_p = torch.cat(parts)[len(question) - 1 :].log_softmax(-1).cpu()

@@ -84,14 +84,14 @@ def from_frame(x: Tensor, slots: Tensor, origin: Tensor, transform_inv: Tensor |
 
 
 def pq_dequantize(codes: Tensor, codebook: Tensor, transform_inv: Tensor | None, inv_freq: Tensor | None, origin: Tensor, layout: int,
-                  dtype: torch.dtype, frame_tokens: int = 0, interleaved: bool = False) -> Tensor:  # fmt: skip
-    """Packed codes back to keys (or values) in the model's own frame, for every slot of the buffer.
+                  dtype: torch.dtype, frame_tokens: int = 0, interleaved: bool = False, first_slot: int = 0) -> Tensor:  # fmt: skip
+    """Packed codes back to keys (or values) in the model's own frame, for every slot of the buffer, which begins at ``first_slot``.
 
     codes packed as ``layout``, codebook [H, 256, S, d] fp16, transform_inv [H, D, D] fp32 or None, inv_freq [rotary / 2] fp32
     or None, origin [B] int32. Returns [B, H, tiles * tile_tokens, D] of ``dtype``; slots never written hold noise.
     """
     plain = unpack(codes, layout_by_id(layout), codebook.shape[2])
-    slots = torch.arange(plain.shape[2], device=codes.device)
+    slots = first_slot + torch.arange(plain.shape[2], device=codes.device)
     x = torch.ops.million_ops.pq_decode(plain, codebook, torch.float32)
     return from_frame(x, slots, origin, transform_inv, inv_freq, frame_tokens, interleaved).to(dtype)
 

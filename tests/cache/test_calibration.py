@@ -18,7 +18,7 @@ from million_cache.config import PQConfig
 from million_cache.models import measure_rotations
 from million_ops.reference import rotate
 from tests.cache.test_models import DYNAMIC, LearnedPositions
-from tests.cache.tiny_models import tiny_cohere, tiny_gemma3, tiny_gptj, tiny_gptneox, tiny_llama, tiny_smollm3
+from tests.cache.tiny_models import tiny_cohere, tiny_gemma3, tiny_gptneo, tiny_gptneox, tiny_llama, tiny_smollm3
 
 CONFIG = PQConfig(k_subspace_dim=4, v_subspace_dim=8, frame_tokens=64)
 pytestmark = pytest.mark.filterwarnings("ignore:codebooks trained on")
@@ -454,7 +454,7 @@ def test_context_beyond_the_original_length():
 
 def test_model_without_the_attention_interface():
     with pytest.raises(NotImplementedError, match="AttentionInterface"):
-        quick(tiny_gptj())
+        quick(tiny_gptneo())
 
 
 def test_unsupported_model_is_refused_before_anything_runs():

@@ -76,9 +76,18 @@ def tiny_cohere(seed: int = 0, **kw) -> PreTrainedModel:
 
 
 def tiny_gptj(seed: int = 0, **kw) -> PreTrainedModel:
-    """Interleaved and partial rotation from a table of sines; does not use transformers' attention interface."""
+    """Interleaved and partial rotation from a table of sines."""
     common = {k: v for k, v in COMMON.items() if k not in ("intermediate_size", "num_key_value_heads")}
     return _build("GPTJ", transformers.GPTJConfig(**{**common, "rotary_dim": 16, **kw}), seed)
+
+
+def tiny_gptneo(seed: int = 0) -> PreTrainedModel:
+    """Does not use transformers' attention interface."""
+    config = transformers.GPTNeoConfig(
+        hidden_size=128, num_layers=2, num_heads=4, attention_types=[[["global"], 2]], vocab_size=COMMON["vocab_size"],
+        max_position_embeddings=512, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    return _build("GPTNeo", config, seed)
 
 
 def tiny_smollm3(seed: int = 0, **kw) -> PreTrainedModel:

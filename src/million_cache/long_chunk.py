@@ -1,0 +1,116 @@
+"""Attention of many new tokens over a non-empty cache: a second turn, or a prefill in chunks.
+
+Attention from codes reads every code once for a few queries. With hundreds of queries that is slower than decoding a code
+once and multiplying matrices, so here the cache is decoded, some thousand tokens at a time, into a workspace whose size
+does not depend on the length, and PyTorch's FlashAttention does the rest. Results over the parts of the cache merge by
+their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import million_ops
+from million_cache.cache import MillionLayer
+
+WORKSPACE = 1 << 24  # elements of one decoded tensor: 64 MiB of fp32
+LEAST = 1024  # tokens decoded at once
+
+
+def serves(q: Tensor) -> bool:
+    """Whether `attend_long` is for these queries [B, Hq, n, D]: on a GPU, 16 bit, and not while tracing."""
+    return q.is_cuda and q.dtype != torch.float32 and not torch.compiler.is_compiling()
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp: q [B, H, n, D], k and v [B, H, T, D] -> ([B, H, n, D], [B, H, n] fp32).
+
+    On GPUs FlashAttention, for 16-bit tensors alone; on CPUs PyTorch's counterpart.
+    """
+    if q.is_cuda:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return out, lse[..., : q.shape[2]].float()
+
+
+class Merged:
+    """Attention over several disjoint sets of tokens, as their results come: fp32."""
+
+    def __init__(self) -> None:
+        self.out = self.lse = None  # [..., D], [...]
+
+    def add(self, out: Tensor, lse: Tensor) -> None:
+        if self.out is None:
+            self.out, self.lse = out.float(), lse
+            return
+        total = torch.logaddexp(self.lse, lse)
+        self.out.mul_((self.lse - total).exp()[..., None]).add_(out * (lse - total).exp()[..., None])
+        self.lse = total
+
+
+def decoded(layer: MillionLayer, begin: int, end: int, rows: slice) -> tuple[Tensor, Tensor]:
+    """Keys and values [b, H, end - begin, D] of slots ``begin`` .. ``end - 1`` from codes, in the model's dtype."""
+    books, results = layer.books, []
+    origin = layer.clock.origin[rows]
+    for codes, codebook, inverse, inv_freq, name in (
+        (layer.codes[0], books.k_codebook, books.k_transform_inv, books.inv_freq, "k_layout"),
+        (layer.codes[1], books.v_codebook, None, None, "v_layout"),
+    ):
+        tile = million_ops.layout_by_id(layer.geometry[name]).tile_tokens
+        first = begin // tile
+        x = million_ops.pq_dequantize(
+            codes[rows, :, first : -(-end // tile)], codebook, inverse, inv_freq, origin, layer.geometry[name], layer.dtype,
+            books.frame_tokens, books.rope_interleaved, first_slot=first * tile,
+        )  # fmt: skip
+        results.append(x[:, :, begin - first * tile : end - first * tile])
+    return results[0], results[1]
+
+
+def _attend(
+    layer: MillionLayer, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: slice, start: int, past: int, ring_lo: int
+) -> Tensor:
+    """`attend_long` for rows that begin at the same slot."""
+    B, Hq, n, D = q.shape
+    H, R = k.shape[1], layer.state.recent_tokens
+    packed = q.reshape(B, H, Hq // H * n, D)  # the group is more queries
+    own = flash(q, k.repeat_interleave(Hq // H, 1), v.repeat_interleave(Hq // H, 1), scale, causal=True)
+    merged = Merged()
+    merged.add(own[0].reshape(packed.shape), own[1].reshape(packed.shape[:3]))
+    sinks = min(start + layer.state.sink_tokens, past)  # where they end
+    ring = max(ring_lo, past - R, sinks)
+    exact = [[x[rows, :, : sinks - start] for x in layer.sinks]]
+    if ring < past:
+        at = torch.arange(ring, past, device=q.device) % R
+        exact.append([x[rows].index_select(2, at) for x in layer.ring])
+    keys, values = (torch.cat(x, 2) for x in zip(*exact))
+    if keys.shape[2]:
+        merged.add(*flash(packed, keys, values, scale))
+    step = max(LEAST, WORKSPACE // (B * H * D) // 64 * 64)
+    for begin in range(sinks, ring, step):
+        merged.add(*flash(packed, *decoded(layer, begin, min(begin + step, ring), rows), scale))
+    return merged.out.view(B, Hq, n, D).transpose(1, 2).to(q.dtype)
+
+
+def attend_long(layer: MillionLayer, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
+    """Causal attention of n new tokens, not yet appended, over a layer and themselves: what `MillionLayer.attend` gives, except
+    that every query sees the recent tokens before the chunk exactly, not only those in its own window.
+
+    Args:
+        q: [B, Hq, n, D]; k, v: [B, H, n, D].
+
+    Returns:
+        [B, n, Hq, D], or None where it does not apply: a row has no valid token before the chunk.
+        Waits for the device once a forward, to learn the length.
+    """
+    past, ring_lo, starts = layer.clock.on_host()
+    if max(starts) >= past:
+        return None
+    if len(set(starts)) == 1:
+        return _attend(layer, q, k, v, scale, slice(None), starts[0], past, ring_lo)
+    parts = []
+    for b, start in enumerate(starts):
+        row = slice(b, b + 1)
+        parts.append(_attend(layer, q[row], k[row], v[row], scale, row, start, past, ring_lo))
+    return torch.cat(parts)
