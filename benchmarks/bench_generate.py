@@ -280,13 +280,26 @@ def table(cases: list[dict], machines: dict[str, dict]) -> str:
         return "" if value is None else about(entry, phase) + format(value, form)
 
     def relative(entry: dict, baseline: str, phase: str, field: str) -> str:
-        """The baseline's time over the row's."""
-        base, own = figure(by_cache.get((place(entry), baseline), {}), phase, field), figure(entry, phase, field)
-        return f"{base / own:.2f}" if base and own and entry["cache"] != baseline else ""
+        """The baseline's time over the row's, if both ran on the same kind of machine."""
+        other = by_cache.get((place(entry), baseline), {})
+        base, own = figure(other, phase, field), figure(entry, phase, field)
+        if not base or not own or entry["cache"] == baseline or gpu(other, phase) != gpu(entry, phase):
+            return ""
+        return f"{base / own:.2f}"
+
+    def gpu(entry: dict, phase: str) -> str:
+        return entry[phase].get("machine", "").partition(",")[0]
+
+    def where(entry: dict) -> str:
+        """The machines of a row, by their letters in the list above the table."""
+        used = dict.fromkeys(entry[phase].get("machine") for phase in ("decode", "prefill") if phase in entry)
+        return ", ".join(letters[x] for x in used if x in letters)
+
+    letters = {label: chr(ord("A") + i) for i, label in enumerate(machines)}
 
     heads = [
         "model", "batch", "tokens", "cache", "ms a step", "tokens/s", *(f"x {name}" for name in BASELINES), "first token, s", "first token x static",
-        "cache, GB", "peak of decode, GB", "peak with prefill, GB", "longest context", "note",
+        "cache, GB", "peak of decode, GB", "peak with prefill, GB", "longest context", "on", "note",
     ]  # fmt: skip
     rows = []
     for x in cases:
@@ -299,7 +312,7 @@ def table(cases: list[dict], machines: dict[str, dict]) -> str:
             x["model"], str(x["batch"]), str(x["tokens"]), x["cache"], cell(x, "decode", "ms", ".2f"),
             cell(x, "decode", "tokens_per_s", ".0f"), *(relative(x, name, "decode", "ms") for name in BASELINES),
             cell(x, "prefill", "seconds", ".3f"), relative(x, "static", "prefill", "seconds"), f"{x['cache_gb']:.2f}",
-            cell(x, "decode", "peak_gb", ".1f"), cell(x, "prefill", "peak_gb", ".1f"), str(x.get("longest_tokens", "")), note,
+            cell(x, "decode", "peak_gb", ".1f"), cell(x, "prefill", "peak_gb", ".1f"), str(x.get("longest_tokens", "")), where(x), note,
         ])  # fmt: skip
     text = [
         "# Generation",
@@ -307,9 +320,9 @@ def table(cases: list[dict], machines: dict[str, dict]) -> str:
         "Written by `python -m benchmarks.bench_generate --save`, whose docstring says what the caches are. bfloat16, random weights. A "
         "step at a fixed length, in a CUDA graph where the cache compiles. *x NAME*: the time of NAME over the row's, above 1: faster. "
         "*~*: extrapolated from fewer layers. *longest context*: tokens a row for which weights, codebooks, cache and the least workspace "
-        "fit the GPU, by arithmetic.",
+        "fit the GPU, by arithmetic. *on*: the machine, by its letter below; only times of one kind of machine are compared.",
         "",
-        *(f"- {label}" for label in machines),
+        *(f"- {letters[label]}: {label}" for label in machines),
         "",
         "| " + " | ".join(heads) + " |",
         "| " + " | ".join("---" for _ in heads) + " |",

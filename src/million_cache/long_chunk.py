@@ -16,11 +16,12 @@ from million_cache.cache import MillionLayer
 
 WORKSPACE = 1 << 24  # elements of one decoded tensor: 64 MiB of fp32
 LEAST = 1024  # tokens decoded at once
+QUERIES = 512  # from here on decoding pays: by arithmetic, at 32k tokens, the op takes longer from about 300 on
 
 
 def serves(q: Tensor) -> bool:
-    """Whether `attend_long` is for these queries [B, Hq, n, D]: on a GPU, 16 bit, and not while tracing."""
-    return q.is_cuda and q.dtype != torch.float32 and not torch.compiler.is_compiling()
+    """Whether `attend_long` is for these queries [B, Hq, n, D]: many, on a GPU, 16 bit, and not while tracing."""
+    return q.shape[2] >= QUERIES and q.is_cuda and q.dtype != torch.float32 and not torch.compiler.is_compiling()
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:

@@ -101,6 +101,23 @@ def test_results_are_merged(tmp_path, capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
+def test_times_of_different_machines_are_not_compared():
+    def case(cache, ms, machine):
+        common = {"model": "llama3-8b", "batch": 1, "tokens": 1024, "device": "cuda", "cache_gb": 1.0}
+        phase = {"status": "ok", "layers": 32, "ms": ms, "tokens_per_s": 1.0, "peak_gb": 1.0, "machine": machine}
+        return {**common, "cache": cache, "decode": phase}
+
+    def ratio(here, there):
+        rows = bench_generate.table(
+            [case("static-cudnn", 6.0, here), case("million-4bit", 2.0, there)], {here: {}, there: {}}
+        )
+        return "| 3.00 |" in rows
+
+    assert ratio("GPU one, torch 1, today", "GPU one, torch 1, today")
+    assert ratio("GPU one, torch 1, today", "GPU one, torch 1, yesterday")
+    assert not ratio("GPU one, torch 1, today", "GPU two, torch 1, today")
+
+
 def test_a_failure_is_recorded_and_stops_nothing(tmp_path, monkeypatch):
     arguments = [
         "--device",
