@@ -207,7 +207,7 @@ struct LayerTensors {
       const std::optional<Tensor>&k_transform, const std::optional<Tensor>&inv_freq, const Tensor &k_codes,            \
       const Tensor &v_codes, const Tensor &k_ring, const Tensor &v_ring, const Tensor &k_sinks, const Tensor &v_sinks, \
       const Tensor &clock, const Tensor &start, const Tensor &origin, int64_t offset, int64_t frame_tokens,            \
-      bool rope_interleaved, int64_t k_layout, int64_t v_layout, const std::optional<Tensor>& /* after */
+      bool rope_interleaved, int64_t k_layout, int64_t v_layout, [[maybe_unused]] const std::optional<Tensor>&after
 #define MILLION_ATTENTION_PARAMETERS                                                                                   \
   const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &k_codebook, const Tensor &v_codebook,               \
       const std::optional<Tensor>&k_transform, const std::optional<Tensor>&inv_freq, const Tensor &k_codes,            \

@@ -970,7 +970,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   __syncthreads();
   const Frames frames = block.scratch.frames;
   const typename Block<S>::Prepared prepared = block.prepared(frames);
-  float* numerators = reinterpret_cast<float*>(shared);  // [kPairs][Rows][D], when the tables are done with
+  float* numerators = reinterpret_cast<float*>(shared);  // [kPairs][4 rotations][Rows][D], after the tables
   if (scores) {
     Block<S>::template load_table<K>(block.codebook(a.layer.k), shared, &block.scratch.k_table);
     block.score(pair, prepared);

@@ -151,7 +151,8 @@ struct Merged {
 
   // A part whose reference maximum is at most `top`.
   __device__ __forceinline__ void add_below(float2 end, float2 y) {
-    const float theirs = end.y == 0.f ? 0.f : exp2_fast(end.x - top);
+    if (end.y == 0.f) return;  // it saw nothing
+    const float theirs = exp2_fast(end.x - top);
     total += end.y * theirs;
     x = {x.x + y.x * theirs, x.y + y.y * theirs};
   }

@@ -356,16 +356,12 @@ __device__ void append_few(const Layer& a) {
   }
 }
 
-// `early`: one token, which may be written while the attention before this launch still reads: its query sees neither
-// the slot whose code is written nor what the ring loses. The kernels after this one wait for it alone, so it ends
-// last.
-__global__ void __launch_bounds__(kThreads) append_few_kernel(const Layer a, bool early) {
-#if __CUDA_ARCH__ >= 900
-  if (!early) asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+// Launched early, it runs beside the attention of its one token: that query sees neither the slot whose code is written
+// nor what the ring loses. The kernels after this one wait for it alone, so it ends last.
+__global__ void __launch_bounds__(kThreads) append_few_kernel(const Layer a) {
   append_few(a);
 #if __CUDA_ARCH__ >= 900
-  if (early) asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
@@ -385,7 +381,7 @@ cudaError_t decode_launch(const Decode& a, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t append_launch(const Layer& a, bool overlap, cudaStream_t stream) {
+cudaError_t append_launch(const Layer& a, bool early, cudaStream_t stream) {
   if (a.n <= kFew) {
     const dim3 grid((a.D + kChannels - 1) / kChannels, a.B * a.H, 2 * a.n);
     cudaLaunchConfig_t config = {};
@@ -393,8 +389,8 @@ cudaError_t append_launch(const Layer& a, bool overlap, cudaStream_t stream) {
     cudaLaunchAttribute start;
     start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     start.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &start, config.numAttrs = overlap ? 1 : 0;
-    return cudaLaunchKernelEx(&config, append_few_kernel, a, overlap && a.n == 1);
+    config.attrs = &start, config.numAttrs = early ? 1 : 0;
+    return cudaLaunchKernelEx(&config, append_few_kernel, a);
   }
   const dim3 grid((a.n + kTokens - 1) / kTokens, a.B * a.H, 2);
   const size_t shared = (size_t(2) * kTokens + kSlice + 1) * a.D * sizeof(float);

@@ -49,8 +49,8 @@ constexpr int kScratch = 34 << 10;  // shared memory of the tensor core kernel b
 // Each launches on `stream` and returns cudaGetLastError(). head_dim: a multiple of 8, at most 256.
 cudaError_t encode_launch(const Encode&, cudaStream_t);
 cudaError_t decode_launch(const Decode&, cudaStream_t);
-// `overlap`: the GPU can start a kernel before the one it depends on has ended.
-cudaError_t append_launch(const Layer&, bool overlap, cudaStream_t);
+// `early`: one token, and its attention is the last thing that was launched: need not wait for it.
+cudaError_t append_launch(const Layer&, bool early, cudaStream_t);
 cudaError_t attention_rows_launch(const Attention&, cudaStream_t);  // layout rows64
 
 // Layouts mma_k and mma_v. Bytes of shared memory that the kernel for these channels a subspace takes for its tables; 0

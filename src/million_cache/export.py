@@ -52,13 +52,14 @@ class DecodeStep(nn.Module):
             )
         if not all(layer.is_initialized for layer in cache.layers):
             raise RuntimeError("the cache has no buffers yet: give it batch_size=, device= and dtype=")
-        self.model, self.cache, self._taken = model, cache, cache_argument(model, cache)
+        self.model, self.cache = model, cache
+        (self._argument,) = cache_argument(model, cache)
         for name, tensor in cache.named_tensors().items():
             self.register_buffer(name, tensor)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """input_ids, position_ids [B, 1] int64 (a padded row's position is its slot less its padding); logits [B, 1, vocabulary]."""
-        return self.model(input_ids, position_ids=position_ids, **self._taken).logits
+        return self.model(input_ids, position_ids=position_ids, **{self._argument: self.cache}).logits
 
     def example(self) -> tuple[Tensor, Tensor]:
         """Arguments of the right shape for `torch.export.export`."""

@@ -20,8 +20,19 @@ QUERIES = 512  # from here on decoding pays: by arithmetic, at 32k tokens, the o
 
 
 def serves(q: Tensor) -> bool:
-    """Whether `attend_long` is for these queries [B, Hq, n, D]: many, on a GPU, 16 bit, and not while tracing."""
-    return q.shape[2] >= QUERIES and q.is_cuda and q.dtype != torch.float32 and not torch.compiler.is_compiling()
+    """Whether `attend_long` is for these queries [B, Hq, n, D]: many, on a GPU that runs FlashAttention, 16 bit, and neither
+    while tracing nor while a graph is captured, which would hold the length fixed."""
+    return (
+        q.shape[2] >= QUERIES
+        and q.is_cuda
+        and q.dtype != torch.float32
+        and q.shape[3] % 8 == 0
+        and q.shape[3] <= 256
+        and not torch.compiler.is_compiling()
+        and not torch.cuda.is_current_stream_capturing()
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
@@ -88,7 +99,7 @@ def _attend(
     keys, values = (torch.cat(x, 2) for x in zip(*exact))
     if keys.shape[2]:
         merged.add(*flash(packed, keys, values, scale))
-    step = max(LEAST, WORKSPACE // (B * H * D) // 64 * 64)
+    step = max(LEAST, WORKSPACE // (B * H * D))
     for begin in range(sinks, ring, step):
         merged.add(*flash(packed, *decoded(layer, begin, min(begin + step, ring), rows), scale))
     return merged.out.view(B, Hq, n, D).transpose(1, 2).to(q.dtype)
@@ -103,15 +114,19 @@ def attend_long(layer: MillionLayer, q: Tensor, k: Tensor, v: Tensor, scale: flo
 
     Returns:
         [B, n, Hq, D], or None where it does not apply: a row has no valid token before the chunk.
-        Waits for the device once a forward, to learn the length.
+
+    Waits for the device once a forward, to learn the length.
     """
-    past, ring_lo, starts = layer.clock.on_host()
+    past, ring_lo, starts = layer.clock.on_host(layer.layer_idx)
     if max(starts) >= past:
         return None
-    if len(set(starts)) == 1:
-        return _attend(layer, q, k, v, scale, slice(None), starts[0], past, ring_lo)
-    parts = []
-    for b, start in enumerate(starts):
-        row = slice(b, b + 1)
-        parts.append(_attend(layer, q[row], k[row], v[row], scale, row, start, past, ring_lo))
-    return torch.cat(parts)
+    most = max(1, WORKSPACE // (LEAST * k.shape[1] * k.shape[3]))  # rows at once
+    parts, begin = [], 0
+    while begin < len(starts):
+        end = begin + 1
+        while end < min(begin + most, len(starts)) and starts[end] == starts[begin]:
+            end += 1
+        rows = slice(begin, end)
+        parts.append(_attend(layer, q[rows], k[rows], v[rows], scale, rows, starts[begin], past, ring_lo))
+        begin = end
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -68,7 +68,8 @@ class Clock:
         self.time = torch.zeros(3, dtype=torch.int64, device=device)
         self.start = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.origin = torch.full((batch_size,), first_position, dtype=torch.int32, device=device)
-        self._on_host: tuple[int, int, list[int]] | None = None  # of the forward that has begun
+        self._on_host: tuple[int, int, list[int]] | None = None
+        self._asked = -1  # the last layer that wanted it
         self.mark_static()
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -78,11 +79,13 @@ class Clock:
         for x in self.tensors():
             torch._dynamo.mark_static_address(x)
 
-    def on_host(self) -> tuple[int, int, list[int]]:
-        """(past, ring_lo, start) of the forward that has begun. Waits for the device, once a forward; not while tracing."""
-        if self._on_host is None:
+    def on_host(self, layer_idx: int) -> tuple[int, int, list[int]]:
+        """(past, ring_lo, start) for a layer's attention. Waits for the device where a forward's first layer asks: one that does
+        not follow the last that asked. Not while tracing."""
+        if self._on_host is None or layer_idx <= self._asked:
             past, _, ring_lo = self.time.tolist()
             self._on_host = past, ring_lo, self.start.tolist()
+        self._asked = layer_idx
         return self._on_host
 
     def begin(self, n: int) -> None:

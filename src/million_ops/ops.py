@@ -79,8 +79,9 @@ def pq_append_(
     behind the buffers is dropped: the caller sees that in ``clock`` (`million_cache.MillionStaticCache.check`). A chunk
     longer than the ring leaves its last R tokens there. Other arguments: *Layer state*. The clock is only read.
 
-    ``after``: the result of the attention that reads the buffers as they were. Its values do not matter, but compilers then
-    know the order: without it they may move the append before the attention, and copy the buffers to make that right.
+    ``after``: the result of these tokens' attention, which reads the buffers as they were. Its values do not matter, but
+    compilers then know the order: without it they may move the append before the attention, and copy the buffers to make that
+    right. On a GPU one token is then written beside that attention, which must be the last to have read the buffers.
     """
     _ops.pq_append_(
         k, v, k_codebook, v_codebook, k_transform, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks, clock, start, origin,

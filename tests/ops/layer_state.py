@@ -33,10 +33,10 @@ class LayerState:
     def geometry(self, offset: int) -> tuple:
         return offset, self.frame_tokens, self.interleaved, *self.layouts
 
-    def append_args(self, k: Tensor, v: Tensor, offset: int = 0) -> tuple:
+    def append_args(self, k: Tensor, v: Tensor, offset: int = 0, after: Tensor | None = None) -> tuple:
         c = self.codebooks
         return (k, v, c["k_codebook"], c["v_codebook"], c["k_transform"], c["inv_freq"], *self.buffers.values(),
-                self.clock, self.start, self.origin, *self.geometry(offset))  # fmt: skip
+                self.clock, self.start, self.origin, *self.geometry(offset), after)  # fmt: skip
 
     def attention_args(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None,
                        offset: int = 0) -> tuple:  # fmt: skip

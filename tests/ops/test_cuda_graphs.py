@@ -29,7 +29,7 @@ class Decoding:
 
     def step(self):
         out, lse = ops.pq_attention_lse(*self.args[0])
-        ops.pq_append_(*self.args[1])
+        ops.pq_append_(*self.args[1][:-1], out)
         self.layer.clock[:2] += 1
         return out, lse
 
@@ -128,7 +128,7 @@ def test_append_beside_attention(batch, capacity, recent):
 
     def step():
         out = ops.pq_attention(*layer.attention_args(*new))
-        ops.pq_append_(*layer.append_args(*new[1:]))
+        ops.pq_append_(*layer.append_args(*new[1:], after=out))
         return out * 2  # reads what attention wrote, and depends on the append alone
 
     for _ in range(5):
