@@ -120,6 +120,13 @@ def calibrate(
     sensitivity_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens that also run backwards, for better codebooks; 0: none, faster.")
     ] = 8192,
+    finetune_steps: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Steps of gradient descent on the centroids, for better ones: for a GPU, on a CPU each takes minutes.",
+        ),
+    ] = 0,
     recent: Annotated[
         int | None, typer.Option(min=0, help="Last tokens that stay exact, stored as the default.")
     ] = None,
@@ -156,6 +163,7 @@ def calibrate(
             context,
             seed=seed,
             sensitivity_tokens=sensitivity_tokens,
+            finetune_steps=finetune_steps,
         )
         for codebooks, directory in zip(found, outs):
             codebooks.provenance |= {"model": model, **origin(model)}

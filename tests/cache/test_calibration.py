@@ -8,13 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+import million_ops
 from million_cache.calibration import MIN_TOKENS, calibrate, calibrate_all
 from million_cache.calibration.collect import collect
+from million_cache.calibration.finetune import CentroidAdam, QuantisedModel, decoded, finetune, nearest
 from million_cache.calibration.kmeans import assign, kmeans, seed, update
 from million_cache.calibration.sensitivity import measure_sensitivity, row_weights
 from million_cache.calibration.train import framed_keys
 from million_cache.calibration.transform import average_over_rotation, deal, key_transform
 from million_cache.config import PQConfig
+from million_cache.evaluate import evaluate
 from million_cache.models import measure_rotations
 from million_ops.reference import rotate
 from tests.cache.test_models import DYNAMIC, LearnedPositions
@@ -302,6 +305,139 @@ def test_without_sensitivity_the_queries_are_the_weight():
     assert quick(model, config=wide).provenance["sensitivity_tokens"] == 0  # contexts of 256 are all window
 
 
+# -- fine-tuning ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def untuned():
+    """A model and its codebooks from k-means."""
+    model, config = tiny_llama(), PQConfig(2, 2, frame_tokens=64, recent_tokens=16, sink_tokens=2)
+    return model, quick(model, config=config)
+
+
+def tuned(untuned, steps: int, ids=None, **options):
+    """What `finetune` makes of them, and the held-out KL that it told of after each step."""
+    model, books = untuned
+    seen: list[float] = []
+    sequences = list(tokens(2400, seed=9).view(12, 200) if ids is None else ids)
+    generator = torch.Generator().manual_seed(0)
+    found = finetune(model, sequences, books.layers, 16, 2, steps, generator, advance=seen.append, **options)
+    return found, seen
+
+
+def same_centroids(one, other) -> bool:
+    return all(torch.equal(getattr(one[i], x), getattr(other[i], x)) for i in one for x in ("k_codebook", "v_codebook"))
+
+
+def test_its_codes_are_those_of_the_kernels(untuned):
+    layer = untuned[1].layers[0]
+    x = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(1))
+    codes = nearest(x, layer.v_codebook.float())
+    want = million_ops.pq_encode(x[None], layer.v_codebook)[0]
+    assert (codes == want).float().mean() > 0.99  # near ties may go either way
+    back = million_ops.pq_decode(codes.to(torch.uint8)[None], layer.v_codebook, torch.float32)[0]
+    assert torch.equal(decoded(codes, layer.v_codebook.float()), back)
+
+
+@pytest.mark.parametrize("frame_tokens", [0, 64])
+def test_its_kl_is_that_of_the_decode_path(frame_tokens):
+    model = tiny_llama()
+    config = replace(CONFIG, frame_tokens=frame_tokens, recent_tokens=16, sink_tokens=2)
+    books, ids = quick(model, config=config), tokens(200, seed=9)
+    with torch.no_grad():
+        kl = [QuantisedModel(model, books.layers, 16, 2).kl(ids, shift).item() for shift in (0, 30)]
+    want = evaluate(model, books, ids[None])["kl"]
+    assert want > 1e-3
+    assert abs(kl[0] / want - 1) < 1e-3
+    # Another place in the frames is as good as any other, but not the same.
+    assert abs(kl[1] / want - 1) < (0.1 if frame_tokens else 1e-3)
+    assert (kl[0] != kl[1]) == bool(frame_tokens)
+
+
+def test_fine_tuning_lowers_the_kl_of_unseen_text(untuned):
+    model, books = untuned
+    found, seen = tuned(untuned, 20)
+    assert len(seen) == 20 and 0 < found.step <= 20
+    assert found.after == min(seen) < 0.97 * found.before
+    unseen = tokens(600, seed=11).view(3, 200)
+    before, after = (evaluate(model, replace(books, layers=x), unseen)["kl"] for x in (books.layers, found.layers))
+    assert after < 0.97 * before
+    for i, layer in found.layers.items():
+        assert not torch.equal(layer.k_codebook, books.layers[i].k_codebook)
+        assert not torch.equal(layer.v_codebook, books.layers[i].v_codebook)
+        assert torch.equal(layer.k_transform, books.layers[i].k_transform)
+        layer.check(books.config, "tuned")
+
+
+@pytest.mark.parametrize("rate", [30.0, float("nan"), float("inf")])
+def test_an_absurd_rate_gives_the_start(untuned, rate):
+    found, seen = tuned(untuned, 5, learning_rate=rate)
+    assert len(seen) == 5 and not min(seen) < found.before
+    assert (found.after, found.step) == (found.before, 0)
+    assert same_centroids(found.layers, untuned[1].layers)
+
+
+def test_it_recovers_from_a_bad_step(untuned, monkeypatch):
+    """Gradients that are thrown far once do not spoil the steps after them."""
+    step, calls = CentroidAdam.step, []
+
+    def bad_once(self, rate):
+        calls.append(rate)
+        step(self, 1000 * rate if len(calls) == 6 else rate)
+
+    monkeypatch.setattr(CentroidAdam, "step", bad_once)
+    found, seen = tuned(untuned, 20)
+    assert seen[5] > 1.1 * found.before
+    assert found.step > 6 and found.after < found.before
+    assert calls[6] < 0.6 * calls[5]
+
+
+def test_fine_tuning_leaves_the_model_alone_and_is_deterministic(untuned):
+    model, books = untuned
+    one, again = (tuned(untuned, 3, learning_rate=0.03)[0] for _ in range(2))
+    assert one.step and same_centroids(one.layers, again.layers) and one.after == again.after
+    assert not same_centroids(one.layers, books.layers)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_fine_tuning_needs_something_beyond_the_window_and_something_to_hold_out(untuned):
+    with pytest.raises(ValueError, match=r"at least 2 sequences longer than the window of 16 \+ 2 exact tokens.*got 1"):
+        tuned(untuned, 1, [tokens(18), tokens(30)])
+    with pytest.raises(ValueError, match="at least 2 sequences"):
+        quick(untuned[0], tokens(1100), context=2000, finetune_steps=1)
+
+
+def test_steps_are_relative_to_the_distance_of_centroids():
+    """Whatever the size of the gradient; a centroid moves as a whole, one without a gradient stays."""
+    p = torch.zeros(1, 256, 1, 2)
+    p[0, :, 0, 0] = torch.arange(256).float()
+    p[0, :128, 0, 0] *= 100
+    p.requires_grad_()
+    start = p.detach().clone()
+    optimiser = CentroidAdam([p])
+    p.grad = torch.tensor([3.0, 4.0]).expand(p.shape) * torch.logspace(-3, 3, 256)[:, None, None]
+    p.grad[0, 7] = 0
+    optimiser.step(0.1)
+    moved = (start - p.detach())[0, :, 0]
+    assert p.grad is None and not moved[7].any()
+    direction = torch.tensor([3.0, 4.0]) / 12.5**0.5
+    torch.testing.assert_close(moved[20], 0.1 * 100 * direction, rtol=1e-4, atol=0)
+    torch.testing.assert_close(moved[200], 0.1 * 1 * direction, rtol=1e-2, atol=0)
+
+
+def test_calibration_fine_tunes_if_asked_to(untuned):
+    model, plain = untuned
+    found = quick(model, config=plain.config, finetune_steps=2)
+    assert (plain.provenance["finetune_steps"], found.provenance["finetune_steps"]) == (0, 2)
+    before, after = found.provenance["finetune_held_out_kl"]
+    assert 0 < after < before and found.provenance["finetune_best_step"] > 0
+    assert not torch.equal(plain.layers[1].k_codebook, found.layers[1].k_codebook)
+    assert torch.equal(plain.layers[1].k_transform, found.layers[1].k_transform)
+    with pytest.raises(ValueError, match="finetune_steps >= 0"):
+        quick(model, finetune_steps=-1)
+
+
 # -- the whole ------------------------------------------------------------------------------------------------------------
 
 
@@ -332,7 +468,7 @@ def test_deterministic_for_a_seed():
 
 def test_several_configurations_at_once_are_those_alone():
     model, other = tiny_llama(), PQConfig(k_subspace_dim=8, v_subspace_dim=4, frame_tokens=0)
-    options = {"context": 256, "iterations": 2, "progress": False, "seed": 5}
+    options = {"context": 256, "iterations": 2, "progress": False, "finetune_steps": 1, "seed": 5}
     ids = tokens(1200)
     both = calibrate_all(model, ids, [CONFIG, other], **options)
     for config, found in zip((CONFIG, other), both):

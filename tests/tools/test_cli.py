@@ -63,14 +63,14 @@ def test_calibrate_takes_the_shipped_text_by_default(million, model_dir, tmp_pat
 
 
 def test_calibrate_several_presets_at_once(million, model_dir, tmp_path):
-    run = ("calibrate", "--model", model_dir, "--tokens", 2048, "--compact")
+    run = ("calibrate", "--model", model_dir, "--tokens", 2048, "--context", 512, "--finetune-steps", 1, "--compact")
     result = million(*run, "--preset", "1bit", "--preset", "2bit", "--out", tmp_path / "both")
     assert result.exit_code == 0, result.stderr
     result = million(*run, "--preset", "1bit", "--out", tmp_path / "alone")
     assert {x.name for x in tmp_path.iterdir()} == {"both-1bit", "both-2bit", "alone"}
     both, alone, other = (Codebooks.from_pretrained(tmp_path / x) for x in ("both-1bit", "alone", "both-2bit"))
     assert torch.equal(both.layers[1].v_codebook, alone.layers[1].v_codebook)
-    assert both.compact
+    assert both.compact and both.provenance["finetune_steps"] == 1
     assert other.config.bits_per_element == 2
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from million_cache.calibration.collect import collect
+from million_cache.calibration.finetune import finetune, useful_sequences
 from million_cache.calibration.sensitivity import measure_sensitivity
 from million_cache.calibration.train import train_layer
 from million_cache.codebook import Codebooks
@@ -59,6 +60,7 @@ def calibrate(
     context: int = 2048,
     iterations: int = 8,
     sensitivity_tokens: int = 8192,
+    finetune_steps: int = 0,
     require_frames: bool = False,
     progress: bool = True,
     device: torch.device | str | None = None,
@@ -79,18 +81,20 @@ def calibrate(
         sensitivity_tokens: how many of the tokens also run backwards through the model, in whole contexts spread over the text;
             0: none, with the queries' second moments as the weight instead, at lower quality. A backward pass takes two to
             four times as long as a forward and holds the activations of one context.
+        finetune_steps: of gradient descent on all centroids together, against the KL to the exact cache (`finetune.py`), each on
+            four contexts; one context in eight is held out to judge by. The report's distortions are those before it.
         require_frames: raise instead of warn when a layer's rotation is not recognised.
         progress: show progress bars.
         device: where k-means runs; None: the model's.
 
     Raises:
-        ValueError: too few tokens (says how many are needed), ids outside the vocabulary, NaN or inf in the activations, a
+        ValueError: too few tokens (says how many are needed; fine-tuning wants two contexts), ids outside the vocabulary, NaN or inf in the activations, a
             centroid beyond fp16 (says layer and head), a context beyond the model's RoPE, or frames required and not possible.
         NotImplementedError: a model that cannot be served, see `check_supported`.
     """
     (codebooks,) = calibrate_all(
         model, tokens, [config], seed=seed, context=context, iterations=iterations, sensitivity_tokens=sensitivity_tokens,
-        require_frames=require_frames, progress=progress, device=device,
+        finetune_steps=finetune_steps, require_frames=require_frames, progress=progress, device=device,
     )  # fmt: skip
     return codebooks
 
@@ -104,6 +108,7 @@ def calibrate_all(
     context: int = 2048,
     iterations: int = 8,
     sensitivity_tokens: int = 8192,
+    finetune_steps: int = 0,
     require_frames: bool = False,
     progress: bool = True,
     device: torch.device | str | None = None,
@@ -120,9 +125,10 @@ def calibrate_all(
     config = configs[0]
     check_supported(model.config)
     check_length(model.config, context)
-    if iterations < 1 or context <= config.sink_tokens:
+    if iterations < 1 or finetune_steps < 0 or context <= config.sink_tokens:
         raise ValueError(
-            f"need iterations >= 1 and context > {config.sink_tokens} sink tokens, got {iterations} and {context}"
+            f"need iterations >= 1, finetune_steps >= 0 and context > {config.sink_tokens} sink tokens, got {iterations}, "
+            f"{finetune_steps} and {context}"
         )
     sequences = _sequences(tokens, context, config.sink_tokens)
     rows = sum(len(s) - config.sink_tokens for s in sequences)
@@ -138,6 +144,8 @@ def calibrate_all(
     low, high = min(int(s.min()) for s in sequences), max(int(s.max()) for s in sequences)
     if low < 0 or high >= vocabulary:
         raise ValueError(f"token ids must be in [0, {vocabulary}), got {low} .. {high}")
+    if finetune_steps:
+        useful_sequences(sequences, config.recent_tokens, config.sink_tokens)
 
     rotations = measure_rotations(model)
     unknown = [i for i, r in rotations.items() if r.kind == "unknown"]
@@ -176,7 +184,20 @@ def calibrate_all(
                     iterations=iterations, generator=generator, device=device, name=f"layer {i}",
                 )  # fmt: skip
                 bar.advance(task)
-            trained.append((config, layers, report))
+            tuned = {}
+            if finetune_steps:
+                title = title.replace("Training codebooks", "Fine-tuning")
+                task = bar.add_task(title, total=finetune_steps)
+
+                def show(kl: float, task=task, title=title) -> None:
+                    bar.update(task, advance=1, description=f"{title}, held-out KL {kl:.4f}")
+
+                found = finetune(
+                    model, sequences, layers, config.recent_tokens, config.sink_tokens, finetune_steps, generator, advance=show
+                )  # fmt: skip
+                layers = found.layers
+                tuned = {"finetune_held_out_kl": [found.before, found.after], "finetune_best_step": found.step}
+            trained.append((config, layers, report, tuned))
 
     used = torch.cat(sequences)
     provenance = {
@@ -187,6 +208,7 @@ def calibrate_all(
         "seed": seed,
         "iterations": iterations,
         "sensitivity_tokens": sum(len(sequences[i]) for i in chosen),
+        "finetune_steps": finetune_steps,
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,
         "torch": torch.__version__,
@@ -194,4 +216,4 @@ def calibrate_all(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     whose = fingerprint(model, rotations)
-    return [Codebooks(config, whose, layers, dict(provenance), report) for config, layers, report in trained]
+    return [Codebooks(config, whose, layers, provenance | tuned, report) for config, layers, report, tuned in trained]
