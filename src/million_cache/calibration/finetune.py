@@ -45,7 +45,6 @@ WARM_UP = 0.1  # of the steps; then the rate falls to 0 along a cosine
 BETAS = (0.9, 0.95)  # of Adam
 AVERAGE = 0.8  # decay a step of the averaged iterate
 WORSE = 1.1
-STRAIGHT = True
 ROWS = 256  # positions whose probabilities are held at once
 
 
@@ -198,7 +197,7 @@ class QuantisedModel:
             q, k, v = q.float(), k.float(), v.float()
             back = layer.dequantised(*codes, shift)
             # Straight-through: the value is the centroid's, the gradient also that of the exact key.
-            through = (y + (x - x.detach()) if STRAIGHT else y for x, y in zip((k, v), back))
+            through = (y + (x - x.detach()) for x, y in zip((k, v), back))
             kq, vq = (torch.cat((x[:, :sinks], y[:, sinks:]), 1) for x, y in zip((k, v), through))
             return windowed_attention(q, k, v, kq, vq, first, first, scale).to(query.dtype)
 
