@@ -8,7 +8,7 @@ codes, at a random place in its frame.
 
 Codes are discrete: each pass assigns them anew, nearest centroid, as the cache will; the gradient reaches a centroid through
 the tokens that have its code, and passes on to the keys and values as if they were not quantised (straight-through, Bengio
-et al., arXiv 1308.3432).
+et al., arXiv 1308.3432; without that, as good within 1 % on SmolLM2 at 1 bit).
 
 There are about as many centroids as tokens to train them on, and one bad step can ruin all layers. So part of the text is
 held out; what is returned is the average of the iterates that did best on it, or the start if none did better. A state that
@@ -36,7 +36,9 @@ from million_cache.codebook import LayerCodebooks
 from million_cache.models import evaluating
 from million_ops.reference import from_frame, to_frame
 
-LEARNING_RATE = 0.02  # how far a step moves a centroid, relative to the distance to its neighbour
+# How far a step moves a centroid, relative to the distance to its neighbour. SmolLM2 at 1 bit, 15 steps: 0.02 took the held-out
+# KL from 0.0479 to 0.0293, 0.06 to 0.0336 on a detour.
+LEARNING_RATE = 0.02
 BATCH = 4  # sequences a step
 HELD_OUT = 8  # one sequence in so many is held out, at most MOST_HELD_OUT
 MOST_HELD_OUT = 6
@@ -44,7 +46,7 @@ CHECKS = 10  # how often in a training the held-out sequences are looked at
 WARM_UP = 0.1  # of the steps; then the rate falls to 0 along a cosine
 BETAS = (0.9, 0.95)  # of Adam
 AVERAGE = 0.8  # decay a step of the averaged iterate
-WORSE = 1.1
+WORSE = 1.1  # times the best held-out KL
 ROWS = 256  # positions whose probabilities are held at once
 
 
@@ -317,24 +319,25 @@ def finetune(
             warm = max(1, round(WARM_UP * steps))
             rate = learning_rate * share * min(1, step / warm)
             rate *= 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm + 1)))
-            if math.isfinite(sum(losses)):
+            broken = not math.isfinite(sum(losses))
+            if broken:
+                optimiser.clear()
+            else:
                 optimiser.step(rate)
                 for mean, now in zip(average, quantised.centroids):
                     mean.lerp_(now.detach(), 1 - AVERAGE)
-            else:
-                optimiser.clear()
-            if step % every == 0 or step == steps or not math.isfinite(sum(losses)):
+            if broken or step % every == 0 or step == steps:
                 kl = score(average)
-                if kl < best_kl:
-                    best_kl, best_step = kl, step
-                    for mine, mean in zip(best, average):
-                        mine.copy_(mean)
-                elif not kl <= WORSE * best_kl:
+                if broken or not kl <= WORSE * best_kl:
                     share /= 2
                     quantised.load(best)
                     optimiser.reset()
                     for mean, mine in zip(average, best):
                         mean.copy_(mine)
+                elif kl < best_kl:
+                    best_kl, best_step = kl, step
+                    for mine, mean in zip(best, average):
+                        mine.copy_(mean)
             advance(kl)
         quantised.load(best)
         found = {i: layer.result() for i, layer in quantised.layers.items()}
