@@ -53,7 +53,7 @@ ROWS = 256  # positions whose probabilities are held at once
 class CentroidAdam:
     """Adam that moves a centroid as a whole, in units of the distance to its nearest neighbour.
 
-    Centroids of rare, large keys lie far apart and those of frequent ones close together, by orders of magnitude.
+    Centroids of rare, large keys lie far apart, those of frequent ones close together.
     """
 
     def __init__(self, parameters: list[Tensor]) -> None:
