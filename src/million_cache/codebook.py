@@ -40,6 +40,15 @@ TENSORS_NAME = "million_codebooks.safetensors"
 CONFIG_NAME = "million_config.json"
 
 
+def invert(matrices: Tensor) -> Tensor:
+    """Inverse of each of ``matrices`` [H, D, D]. Raises torch.linalg.LinAlgError for a singular one.
+
+    One at a time: for a batch, torch 2.13 calls MKL's threaded LU from several threads at once, and with D = 256 on two cores
+    that was seen to hang for good.
+    """
+    return torch.stack([torch.linalg.inv(x) for x in matrices])
+
+
 @dataclass
 class LayerCodebooks:
     """Everything that one layer's codes are made and read with. H KV heads, D channels, S subspaces of d channels.
@@ -115,7 +124,7 @@ class LayerCodebooks:
             offset, scale = (found.pop(f"{name}_{x}")[:, None] for x in ("offset", "scale"))
             found[name] = (offset + scale * found[name].float()).half()
         found["k_transform"] = found["k_transform"].float() * found.pop("k_transform_scale")
-        found["k_transform_inv"] = torch.linalg.inv(found["k_transform"].double()).float()
+        found["k_transform_inv"] = invert(found["k_transform"].double()).float()
         return found
 
     def check(self, config: PQConfig, where: str) -> None:

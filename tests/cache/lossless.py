@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from million_cache.codebook import Codebooks, LayerCodebooks
+from million_cache.codebook import Codebooks, LayerCodebooks, invert
 from million_cache.config import PQConfig
 from million_cache.models import fingerprint, full_attention_layers, measure_rotations
 from million_ops.layout import CENTROIDS
@@ -84,7 +84,7 @@ def lossless_codebooks(model, recordings: list[RecordingCache], config: PQConfig
             k_codebook=_codebook(torch.cat(keys, 1), config.k_subspace_dim),
             v_codebook=_codebook(torch.cat(values, 1), config.v_subspace_dim),
             k_transform=transform,
-            k_transform_inv=torch.linalg.inv(transform),
+            k_transform_inv=invert(transform),
             inv_freq=inv_freq,
             rope_interleaved=rotation.kind == "interleaved",
             frame_tokens=frame_tokens,

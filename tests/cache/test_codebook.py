@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from million_cache import codebook
 from million_cache.card import CARD_NAME, EVALUATION_KEYS, MARK, model_card
-from million_cache.codebook import CONFIG_NAME, TENSORS_NAME, Codebooks, LayerCodebooks, LayerReport
+from million_cache.codebook import CONFIG_NAME, TENSORS_NAME, Codebooks, LayerCodebooks, LayerReport, invert
 from million_cache.config import PQConfig
 from million_cache.models import fingerprint
 from tests.cache.tiny_models import tiny_llama, tiny_smollm3
@@ -29,7 +29,7 @@ def make_layer(seed: int, rotated: bool = True) -> LayerCodebooks:
         k_codebook=torch.randn(H, 256, D // 2, 2, generator=g).half(),
         v_codebook=torch.randn(H, 256, D // 4, 4, generator=g).half(),
         k_transform=transform,
-        k_transform_inv=torch.linalg.inv(transform),
+        k_transform_inv=invert(transform),
         inv_freq=torch.rand(D // 2, generator=g) if rotated else None,
         rope_interleaved=False,
         frame_tokens=64 if rotated else 0,

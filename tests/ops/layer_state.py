@@ -76,7 +76,8 @@ def make_layer(*, batch: int = 1, heads: int = 2, head_dim: int = 64, k_dim: int
     k_transform = k_inverse = None
     if transform:
         k_transform = torch.eye(head_dim) + torch.randn(heads, head_dim, head_dim) * (0.3 / head_dim**0.5)
-        k_inverse = torch.linalg.inv(k_transform.double()).float().contiguous()
+        # One at a time: see `million_cache.codebook.invert`.
+        k_inverse = torch.stack([torch.linalg.inv(x.double()) for x in k_transform]).float()
     device = torch.get_default_device()
     chosen = tuple(x.id for x in layouts_for(device, head_dim, k_dim, v_dim, dtype))
     layouts = chosen if layouts is None else layouts

@@ -9,7 +9,7 @@ from million_cache.calibration.collect import LayerSample
 from million_cache.calibration.kmeans import assign, kmeans
 from million_cache.calibration.sensitivity import KEY_POWER, VALUE_POWER, row_weights
 from million_cache.calibration.transform import average_over_rotation, key_transform
-from million_cache.codebook import LayerCodebooks, LayerReport
+from million_cache.codebook import LayerCodebooks, LayerReport, invert
 from million_cache.config import PQConfig
 from million_cache.models import Rotation
 from million_ops.reference import rotate
@@ -90,7 +90,7 @@ def train_layer(
     if sample.sensitivity is not None:
         # T^T T = W up to scale: this is the gradient's squared norm in the space where codes are made, whatever the frame.
         g = sample.sensitivity.key_gradients.to(device)
-        metric = torch.linalg.inv(transform.transpose(1, 2) @ transform)
+        metric = invert(transform.transpose(1, 2) @ transform)
         k_weights = row_weights(((g @ metric) * g).sum(-1).clamp(min=0), KEY_POWER)
         v_weights = row_weights(sample.sensitivity.value_energy.to(device), VALUE_POWER)
     k_codebook, k_energy, k_distortion = _codebook(
