@@ -472,3 +472,11 @@ def test_smollm3_layers_differ(tmp_path):
     books.save_pretrained(tmp_path / "x")
     again = Codebooks.from_pretrained(tmp_path / "x")
     assert again.layers[1].inv_freq is None and again.report == {}
+
+
+@pytest.mark.parametrize("dim", [8, 256])
+def test_invert(dim):
+    x = torch.eye(dim, dtype=torch.float64) + torch.randn(3, dim, dim, dtype=torch.float64) * (0.3 / dim**0.5)
+    torch.testing.assert_close(x @ invert(x), torch.eye(dim, dtype=torch.float64).expand(3, -1, -1))
+    with pytest.raises(torch.linalg.LinAlgError):
+        invert(torch.zeros(1, dim, dim))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import DynamicCache
 
 from million_cache.models import (
     Fingerprint,
+    cache_argument,
     check_length,
     check_supported,
     fingerprint,
@@ -224,3 +227,25 @@ def test_config_differences():
     found = original.config_differences(tiny_llama(num_hidden_layers=3, num_key_value_heads=4).config)
     assert any(d.startswith("num_layers: 2, 3") for d in found) and any(d.startswith("kv_heads: 2, 4") for d in found)
     assert original.matches(fingerprint(tiny_qwen2()))[0].startswith("model_type: llama, qwen2")
+
+
+def test_the_name_of_the_cache_argument():
+    """As the model's own forward has it, whatever the release; and the model takes it without a warning."""
+
+    class Before:
+        def forward(self, input_ids, past_key_values=None): ...
+
+    class After:
+        def forward(self, input_ids, cache=None): ...
+
+    assert cache_argument(Before(), None) == {"past_key_values": None}
+    assert cache_argument(After(), None) == {"cache": None}
+    model = tiny_llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        cache = DynamicCache(config=model.config)
+        model(torch.tensor([[3, 4]]), **cache_argument(model, cache))
+        assert cache.get_seq_length() == 2
+        model.generate(
+            torch.tensor([[3, 4]]), **cache_argument(model, DynamicCache(config=model.config)), max_new_tokens=2
+        )
