@@ -84,6 +84,7 @@ def bench_long_chunk(compare, device, tokens, n, baseline):
     layer = SimpleNamespace(  # what `attend_long` reads of a `MillionLayer`
         clock=SimpleNamespace(on_host=lambda layer_idx: (tokens, 0, [0] * B), origin=state.origin),
         layer_idx=0,
+        max_cache_len=tokens + n,
         state=SimpleNamespace(recent_tokens=pq.recent_tokens, sink_tokens=pq.sink_tokens),
         books=SimpleNamespace(
             **{x: state.codebooks[x] for x in names}, frame_tokens=pq.frame_tokens, rope_interleaved=False

@@ -113,12 +113,13 @@ def attend_long(layer: MillionLayer, q: Tensor, k: Tensor, v: Tensor, scale: flo
         q: [B, Hq, n, D]; k, v: [B, H, n, D].
 
     Returns:
-        [B, n, Hq, D], or None where it does not apply: a row has no valid token before the chunk.
+        [B, n, Hq, D], or None where it does not apply: a row has no valid token before the chunk, or the chunk does not fit,
+        which compiled steps can hide from the host's count and the append reports.
 
     Waits for the device once a forward, to learn the length.
     """
     past, ring_lo, starts = layer.clock.on_host(layer.layer_idx)
-    if max(starts) >= past:
+    if max(starts) >= past or past + q.shape[2] > layer.max_cache_len:
         return None
     most = max(1, WORKSPACE // (LEAST * k.shape[1] * k.shape[3]))  # rows at once
     parts, begin = [], 0

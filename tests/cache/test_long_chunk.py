@@ -15,6 +15,7 @@ from tests.cache.tiny_models import tiny_gemma3, tiny_llama
 
 CONFIG = PQConfig(k_subspace_dim=2, v_subspace_dim=4, frame_tokens=16, recent_tokens=8, sink_tokens=2)
 LENGTH, PAST = 128, 40  # tokens of a row, and of its first turn
+SERVES = long_chunk.serves  # which the fixture replaces
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +146,31 @@ def test_which_tokens_are_exact(device, ids):
     seen = torch.arange(PAST + n, device=device) <= PAST + torch.arange(n, device=device)[:, None]
     want = F.scaled_dot_product_attention(q, keys[0], values[0], attn_mask=seen, scale=0.2).transpose(1, 2)
     torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-5 if device == "cpu" else 5e-3)
+
+
+def test_what_serves(device):
+    """Many 16-bit queries on a GPU that runs FlashAttention."""
+    many = torch.zeros(1, 4, long_chunk.QUERIES, 64, device=device, dtype=torch.float16)
+    assert SERVES(many) == (device == "cuda")
+    for other in (many[:, :, 1:], many.float(), many[..., :60], torch.cat([many] * 5, -1)):
+        assert not SERVES(other)
+
+
+def test_more_than_fits(device, ids):
+    """Where compiled steps have filled the cache unseen, the ops take the chunk and the overflow is reported."""
+    model = tiny_llama().to(device, dtype(device))
+    enable(model)
+    cache = MillionStaticCache(model.config, lossless_for(model, ids, CONFIG), LENGTH)
+    with torch.no_grad():
+        model(ids[:, :PAST], past_key_values=cache)
+    disable(model)
+    layer, n = cache.layers[0], DECODE_CHUNK + 5
+    layer.clock.time[:2] = LENGTH - n + 1
+    layer.clock.begin(n)
+    q, k = (torch.randn(2, heads, n, 32, device=device, dtype=dtype(device)) for heads in (4, 2))
+    assert long_chunk.attend_long(layer, q, k, k, 0.2) is None
+    layer.clock.time[:2] = LENGTH - n
+    assert long_chunk.attend_long(layer, q, k, k, 0.2) is not None
 
 
 def test_who_takes_it(device, ids, everywhere):
