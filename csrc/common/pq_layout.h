@@ -41,13 +41,20 @@ constexpr int mma_v_byte(int t, int m, int S) {
   return lane_byte(4 * n + c, ((t >> 4) * steps + own) * 4 + t % 4);
 }
 
-// Byte of (slot, subspace m) counted from the first tile of a (row, head).
+// Where the tile of a slot begins, counted from the first tile of a (row, head), and the byte of its subspace m in
+// there.
+constexpr int64_t tile_offset(int64_t layout, int64_t slot, int64_t S) {
+  return (layout == kPlain ? slot : slot / 64 * 64) * S;
+}
+constexpr int tile_byte(int64_t layout, int64_t slot, int m, int S) {
+  const int t = int(slot % 64);
+  return layout == kMmaK     ? mma_k_byte(t, m, S)
+         : layout == kMmaV   ? mma_v_byte(t, m, S)
+         : layout == kRows64 ? m * 64 + t
+                             : m;
+}
 constexpr int64_t code_offset(int64_t layout, int64_t slot, int64_t m, int64_t S) {
-  if (layout == kPlain) return slot * S + m;
-  const int64_t tile = slot / 64 * 64 * S;
-  if (layout == kRows64) return tile + m * 64 + slot % 64;
-  return tile +
-         (layout == kMmaK ? mma_k_byte(int(slot % 64), int(m), int(S)) : mma_v_byte(int(slot % 64), int(m), int(S)));
+  return tile_offset(layout, slot, S) + tile_byte(layout, slot, int(m), int(S));
 }
 
 }  // namespace million

@@ -12,12 +12,6 @@ namespace million {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLazy = 8.f;  // how far (log2) a score may exceed the reference maximum before it is raised
 
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-  return x;
-}
-
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);

@@ -10,6 +10,12 @@ namespace million {
 
 constexpr int kWarp = 32;
 
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  return x;
+}
+
 __device__ __forceinline__ float load(const void* data, int64_t i, DType dtype) {
   if (dtype == DType::f32) return static_cast<const float*>(data)[i];
   if (dtype == DType::bf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
