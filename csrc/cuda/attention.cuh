@@ -37,6 +37,8 @@ struct RowBlock {
   int b, h;
   int row0, rows;  // rows row0 .. row0 + rows - 1 of the launch are this block's
   int64_t first;   // slot of the first new token
+  int64_t oldest;  // that the ring may hold
+  int start;
 
   __device__ RowBlock(const Attention& a, int row_and_head, int row0, int rows)
       : a(a),
@@ -45,11 +47,13 @@ struct RowBlock {
         h(row_and_head % int(a.layer.H)),
         row0(row0),
         rows(min(rows, a.rows - row0)),
-        first(first_slot(a.layer)) {}
+        first(first_slot(a.layer)),
+        oldest(a.layer.clock[2]),
+        start(a.layer.start[b]) {}
 
   __device__ int query(int r) const { return a.query0 + min(row0 + r, a.rows - 1) / a.G; }
   __device__ int64_t position(int r) const { return first + query(r); }  // slot of a row's own token
-  __device__ int64_t ring_begin() const { return max(layer.clock[2], first - layer.R); }
+  __device__ int64_t ring_begin() const { return max(oldest, first - layer.R); }
 
   __device__ bool masked(int r, int64_t slot) const {
     if (a.mask == nullptr) return false;
@@ -58,7 +62,7 @@ struct RowBlock {
   __device__ bool from_ring(int r, int64_t slot) const { return slot > position(r) - layer.R && slot >= ring_begin(); }
 
   __device__ Range range() const {
-    return {slot_index(max(int64_t(layer.start[b]) + layer.N, int64_t(0))), coded_end(rows - 1), coded_end(0)};
+    return {slot_index(max(int64_t(start) + layer.N, int64_t(0))), coded_end(rows - 1), coded_end(0)};
   }
   // End of the slots that row r reads from codes: what follows is not stored, or in the ring.
   __device__ int coded_end(int r) const {

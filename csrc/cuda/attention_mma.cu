@@ -17,8 +17,18 @@ __global__ void merge_kernel(const __grid_constant__ Attention a) {
   const float2* ends = mma::ends_of(a) + row * a.splits;
   const float2* from = reinterpret_cast<const float2*>(a.partials) + row * a.splits * lines + line;
   mma::Merged merged;
-#pragma unroll 8
-  for (int split = 0; split < a.splits; split++) merged.add(__ldcg(ends + split), __ldcg(from + split * lines));
+  constexpr int kAtOnce = 8;
+  for (int split = 0; split < a.splits; split += kAtOnce) {
+    float2 end[kAtOnce], x[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      const int at = min(split + i, a.splits - 1);
+      end[i] = __ldcg(ends + at), x[i] = __ldcg(from + at * lines);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++)
+      if (split + i < a.splits) merged.add(end[i], x[i]);
+  }
   const int query = block.query(0), head = block.h * a.G + block.row0 % a.G, heads = int(a.layer.H) * a.G;
   merged.store(a, ((int64_t(block.b) * a.layer.n + query) * heads + head) * a.layer.D,
                (int64_t(block.b) * heads + head) * a.layer.n + query, line);

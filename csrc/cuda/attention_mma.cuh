@@ -88,14 +88,46 @@ struct Block : RowBlock {
   static __device__ int arrivals() {
     return by_bulk<Table>() ? 1 : S::kHalf;
   }
+  // Whether keys' table comes in two, and is used before its second copy is there (registers allow it).
+  static constexpr bool in_two() { return by_bulk<K>() && K::kCopies > 1; }
+  static constexpr bool begins_early() { return in_two() && S::Rows <= 4; }
+
+  // Bulk copies come in the order in which they are needed: T^-1 and keys' first table by warp 0 before anything else
+  // is known, then, over T^-1, values' table and keys' second copy by a thread of the warps for values.
+  __device__ void copy_page(uint64_t* barrier, const __half* codebook, char* to) const {
+    barrier_expect(barrier, kPage);
+    bulk_copy(to, codebook, kPage, barrier);
+  }
+  __device__ void start_first() const {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x != 0) return;
+    if (layer.transform != nullptr) {
+      constexpr int kBytes = S::D * S::D;  // of a quarter, fp32
+      const float* from = layer.transform + int64_t(h) * kBytes;
+      barrier_expect(&scratch.inverse, 4 * kBytes);
+#pragma unroll 1
+      for (int i = 0; i < 4; i++)
+        bulk_copy(shared + S::kInverse + i * S::kQuarter, from + i * (kBytes / 4), kBytes, &scratch.inverse);
+    }
+    if constexpr (by_bulk<K>()) copy_page(&scratch.k_table, codebook(layer.k), shared);
+#endif
+  }
+  __device__ void start_second() const {
+    if constexpr (by_bulk<V>() || in_two()) {
+      if (threadIdx.x == S::kHalf) {
+        bulk_fence();
+        if constexpr (by_bulk<V>()) copy_page(&scratch.v_table, codebook(layer.v), shared + S::kValueTable);
+        if constexpr (in_two()) copy_page(&scratch.k_more, codebook(layer.k), shared + kPage + K::kMove);
+      }
+    }
+    load_table<V>(codebook(layer.v), shared + S::kValueTable, &scratch.v_table);
+  }
+  // A table that does not come by bulk copies.
   template <class Table>
   static __device__ void load_table(const __half* codebook, char* to, uint64_t* barrier) {
     const int thread = threadIdx.x % S::kHalf;
     if constexpr (by_bulk<Table>()) {
-      if (thread != 0) return;
-      barrier_expect(barrier, Table::kCopies * kPage);
-#pragma unroll 1
-      for (int i = 0; i < Table::kCopies; i++) bulk_copy(to + i * (kPage + Table::kMove), codebook, kPage, barrier);
+      return;
     } else if constexpr (Table::kWhole) {
       const char* from = reinterpret_cast<const char*>(codebook);
 #pragma unroll 2
@@ -127,18 +159,33 @@ struct Block : RowBlock {
     if (warp == 0) {
       barrier_init(&scratch.k_table, arrivals<K>());
       barrier_init(&scratch.v_table, arrivals<V>());
+      barrier_init(&scratch.k_more, 1);
+      barrier_init(&scratch.inverse, 1);
+      barrier_init(&scratch.parts, 1);
       barrier_init(&scratch.queries, S::kHalf);
     }
     bulk_fence();
   }
 
+  // Pairs of channels of the result that this block of a cluster merges.
+  __device__ int share() const { return (rows * S::kLine + a.splits - 1) / a.splits; }
+  __device__ int share_begin() const { return min(int(blockIdx.x) * share(), rows * S::kLine); }
+  __device__ int share_end() const { return min(share_begin() + share(), rows * S::kLine); }
+
+  // By one thread, before others of the cluster send their parts.
+  __device__ void expect_parts() const {
+    barrier_expect(&scratch.parts, (share_end() - share_begin()) * a.splits * sizeof(float4));
+    barriers_to_cluster();
+  }
+
   // Which tokens the block reads, and how they are shared out; computed once, by the second warp.
   __device__ void describe() const {
     if (warp != 1 || lane > S::kPairs) return;
+    const int origin = layer.inv_freq != nullptr ? layer.origin[b] : 0;
     const int at = slot_index(first), oldest = slot_index(max(ring_begin(), int64_t(0)));
     const int ring = max(min(at - oldest, int(layer.R)), 0), sinks = int(layer.N);
-    const Exact exact = {sinks + ring + int(layer.n),          sinks, ring,          oldest,
-                         ring > 0 ? oldest % int(layer.R) : 0, at,    layer.start[b]};
+    const Exact exact = {sinks + ring + int(layer.n),          sinks, ring, oldest,
+                         ring > 0 ? oldest % int(layer.R) : 0, at,    start};
     const Range seen = range();
     // Tiles of 64 slots: there are fewer than 2^24, and splits fewer than 2^8.
     const uint32_t tile0 = max(seen.begin, 0) / kTile, all = max((seen.end + kTile - 1) / kTile - int(tile0), 0);
@@ -157,7 +204,7 @@ struct Block : RowBlock {
       scratch.places[0] = {layer.k_sinks + sink0, layer.v_sinks + sink0, kToken, kToken};
       scratch.places[1] = {layer.k_ring + ring0, layer.v_ring + ring0, kToken, kToken};
       scratch.places[2] = {layer.k_new.at(b, h, 0), layer.v_new.at(b, h, 0), layer.k_new.token, layer.v_new.token};
-      if (layer.inv_freq != nullptr) scratch.origin = layer.origin[b];
+      scratch.origin = origin;
       const int first = (int(tile0) + begin) * kTile, last = (int(tile0) + end) * kTile - 1;
       const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
       scratch.frames = first > last                ? Frames{0, 0}
@@ -261,38 +308,58 @@ struct Block : RowBlock {
     uint32_t rounded[S::D / 16][kUnits][2], rest[S::D / 16][kUnits][2];
   };
   __device__ int unit(int u) const { return warp - S::kPairs + u * S::kPairs; }
-  __device__ void load_inverse(Inverse& to) const {
-    const float* from = layer.transform + int64_t(h) * S::D * S::D + 2 * c * S::D + n;
+  // The depths of a product are the rows of T^-1 in the order `depth_of`.
+  __device__ void take_inverse(Inverse& to) const {
+    if (layer.transform == nullptr) return;
+#if __CUDA_ARCH__ >= 900
+    barrier_wait(&scratch.inverse, 0);
+    const float* const from = reinterpret_cast<const float*>(shared + S::kInverse) + c * (S::kQuarter / 4) + n;
+#else
+    const float* const from = layer.transform + int64_t(h) * S::D * S::D + c * (S::D * S::D / 4) + n;
+#endif
 #pragma unroll
     for (int u = 0; u < kUnits; u++)
 #pragma unroll
       for (int step = 0; step < S::D / 16; step++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          const float* at = from + (16 * step + 8 * i) * S::D + 8 * min(unit(u), S::D / 8 - 1);
-          split(__ldg(at), __ldg(at + S::D), to.rounded[step][u][i], to.rest[step][u][i]);
+          const float* at = from + (4 * step + 2 * i) * S::D + 8 * min(unit(u), S::D / 8 - 1);
+          split(at[0], at[S::D], to.rounded[step][u][i], to.rest[step][u][i]);
         }
+  }
+  // Depths of a channel: lane c's four of a step, 2 c, 2 c + 1, 2 c + 8, 2 c + 9, are neighbours in quarter c.
+  static __device__ __forceinline__ int depth_of(int channel) {
+    const int quarter = channel / (S::D / 4), at = channel % (S::D / 4);
+    return at / 4 * 16 + 2 * quarter + at % 2 + at % 4 / 2 * 8;
   }
 
   // The block's queries, divided by a power of two so that fp16 neither overflows nor loses small ones, and where they
-  // are. A warp a row.
-  __device__ void load_queries() const {
-    constexpr int kWords = (S::kLine + kWarp - 1) / kWarp;
+  // are. A warp a row, the first two warps do other things. `asked`: the warp's first row, asked for early.
+  static constexpr int kQueryWords = (S::kLine + kWarp - 1) / kWarp;
+  using Asked = uint32_t[kQueryWords];
+  __device__ int first_row() const { return (warp + S::kPairs - 2) % S::kPairs; }
+  __device__ void ask_query(int r, Asked& to) const {
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(query_row(min(r, rows - 1)));
+#pragma unroll
+    for (int i = 0; i < kQueryWords; i++)
+      to[i] = r < rows && i * kWarp + lane < S::kLine ? __ldcg(from + i * kWarp + lane) : 0;
+  }
+  __device__ void load_queries(Asked& asked) const {
 #pragma unroll 1
-    for (int r = (warp + S::kPairs - 2) % S::kPairs; r < S::Rows; r += S::kPairs) {  // the first two do other things
-      const uint32_t* from = reinterpret_cast<const uint32_t*>(query_row(min(r, rows - 1)));
-      float2 x[kWords];
+    for (int r = first_row(); r < S::Rows; r += S::kPairs) {
+      if (r != first_row()) ask_query(r, asked);
+      float2 x[kQueryWords];
       float most = 0.f;
 #pragma unroll
-      for (int i = 0; i < kWords; i++) {
-        x[i] = to_floats(r < rows && i * kWarp + lane < S::kLine ? __ldcg(from + i * kWarp + lane) : 0, layer.dtype);
+      for (int i = 0; i < kQueryWords; i++) {
+        x[i] = to_floats(asked[i], layer.dtype);
         most = fmaxf(most, fmaxf(fabsf(x[i].x), fabsf(x[i].y)));
       }
       float power = __int_as_float(__float_as_int(warp_max(most)) & 0x7f800000);
       power = power > 0.f ? power : 1.f;
       const float by = (a.scale < 0.f ? -1.f : 1.f) / power;  // a larger score is a larger product
 #pragma unroll
-      for (int i = 0; i < kWords; i++)
+      for (int i = 0; i < kQueryWords; i++)
         if (i * kWarp + lane < S::kLine)
           *reinterpret_cast<float2*>(&scratch.query[r][2 * (i * kWarp + lane)]) = {x[i].x * by, x[i].y * by};
       if (lane == 0) {
@@ -330,6 +397,7 @@ struct Block : RowBlock {
         const int row = i / S::kLine * 2, pair = i % S::kLine;
         const bool apart = pair < half && !layer.interleaved;
         const int first = apart ? pair : 2 * pair, second = apart ? pair + half : 2 * pair + 1;
+        const int depth = depth_of(first), depth2 = depth_of(second);
         float2 by = {1.f, 0.f};
         if (pair < half) {
           const int64_t position = (frame0 + row / S::Rows) * layer.frame_tokens + scratch.origin;
@@ -338,8 +406,8 @@ struct Block : RowBlock {
 #pragma unroll
         for (int k = 0; k < 2; k++) {
           const float x = scratch.query[row % S::Rows + k][first], y = scratch.query[row % S::Rows + k][second];
-          split(x * by.x - y * by.y, scratch.turned[0][row + k][first], scratch.turned[1][row + k][first]);
-          split(y * by.x + x * by.y, scratch.turned[0][row + k][second], scratch.turned[1][row + k][second]);
+          split(x * by.x - y * by.y, scratch.turned[0][row + k][depth], scratch.turned[1][row + k][depth]);
+          split(y * by.x + x * by.y, scratch.turned[0][row + k][depth2], scratch.turned[1][row + k][depth2]);
         }
       }
       sync();
@@ -363,9 +431,9 @@ struct Block : RowBlock {
         for (int u = 0; u < kUnits; u++)
 #pragma unroll
           for (int e = 0; e < 4; e++) {
-            const int row = n + e / 2 * 8, channel = min(8 * unit(u), S::D - 8) + 2 * c + e % 2;
-            y[u][e] = __half2float(scratch.turned[0][row][channel]);
-            more[u][e] = __half2float(scratch.turned[1][row][channel]);
+            const int row = n + e / 2 * 8, depth = depth_of(min(8 * unit(u), S::D - 8) + 2 * c + e % 2);
+            y[u][e] = __half2float(scratch.turned[0][row][depth]);
+            more[u][e] = __half2float(scratch.turned[1][row][depth]);
           }
       }
 #pragma unroll
@@ -653,13 +721,16 @@ struct Block : RowBlock {
     for (int i = 0; i < int(sizeof(Outputs) / sizeof(float)); i++) x[i] = 0.f;
   }
 
-  // Adds the values of a tile with the probabilities of the pair's slot; `look(step, batch, token, out)` gives those of
-  // a batch of the `Units` of a tile, and `done(batch, step, unit)` hears that a step needs no more.
-  template <int Units, class Look, class Done>
-  __device__ __forceinline__ void accumulate(Outputs& o, int pair, int it, const Look& look, const Done& done) const {
+  // Adds the values of a tile with the probabilities of the pair's slot. `Units` parts of a tile: `ask(unit)` hears
+  // that one comes (the first before the probabilities are waited for), `look(step, batch, unit, token, out)` gives the
+  // values of a batch in it, and `done(batch, step, unit)` hears that a step needs no more.
+  template <int Units, class Ask, class Look, class Done>
+  __device__ __forceinline__ void accumulate(Outputs& o, int pair, int it, const Ask& ask, const Look& look,
+                                             const Done& done) const {
     const int r = n & 3, rh = n >> 2;
     const auto& slot = scratch.slots[pair][it & 1];
     const __half(*shares)[kTile] = c == r ? slot.p : scratch.zeros;
+    ask(0);
     barrier_wait(&scratch.full[pair][it & 1], it >> 1 & 1);
     if (slot.rescale) {
 #pragma unroll
@@ -678,6 +749,7 @@ struct Block : RowBlock {
     }
 #pragma unroll 1
     for (int unit = 0; unit < Units; unit++) {
+      if (unit > 0) ask(unit);
       static_for<4 / Units>([&](auto batch_) {
         constexpr int batch = decltype(batch_)::value;
         uint32_t p[S::kTiles][2][4];
@@ -727,20 +799,28 @@ struct Block : RowBlock {
     bool any = false;  // row sees it: what no row sees may be NaN
     for (int r = 0; r < rows; r++) any |= sees(r, mine);
     const uint32_t live = __ballot_sync(~0u, any);
-    const char* values;
-    accumulate<4>(
+    // As many units are asked for at once as registers allow.
+    constexpr int kUnits = S::Rows <= 4 ? 1 : 4, kBatches = 4 / kUnits;
+    uint32_t values[kBatches][V::kSteps][kSubs];
+    accumulate<kUnits>(
         o, pair, it,
-        [&](auto step_, auto, int unit, auto token_, auto& out) {
-          constexpr int step = decltype(step_)::value;
-          constexpr Group at = group_of(V::kSteps, step);
-          if constexpr (decltype(token_)::value == 0) {
-            if constexpr (step == 0) values = from_lane(mine.v, 4 * unit + c) + n * S::VD * 2;
-            const int m = 8 * at.first + (at.width - 1) * n + ((step - at.first) ^ (c & (at.width - 1)));
-            load_exact(values + m * S::VD * 2, live >> (4 * unit + c) & 1, layer.dtype, out);
-          } else {
+        [&](int unit) {
+          static_for<kBatches>([&](auto batch_) {
+            constexpr int batch = decltype(batch_)::value;
+            const int own = 4 * (unit * kBatches + batch) + c;
+            const char* from = from_lane(mine.v, own) + n * S::VD * 2;
+            static_for<V::kSteps>([&](auto step_) {
+              constexpr int step = decltype(step_)::value;
+              constexpr Group at = group_of(V::kSteps, step);
+              const int m = 8 * at.first + (at.width - 1) * n + ((step - at.first) ^ (c & (at.width - 1)));
+              load_exact(from + m * S::VD * 2, live >> own & 1, layer.dtype, values[batch][step]);
+            });
+          });
+        },
+        [&](auto step_, auto batch_, int, auto token_, auto& out) {
+          constexpr int step = decltype(step_)::value, batch = decltype(batch_)::value, token = decltype(token_)::value;
 #pragma unroll
-            for (auto& word : out) word = 0;
-          }
+          for (int i = 0; i < kSubs; i++) out[i] = token == 0 ? values[batch][step][i] : 0u;
         },
         [](auto, auto, int) {});
   }
@@ -749,7 +829,7 @@ struct Block : RowBlock {
                                                Words& words, const Places<V>& places) const {
     const uint8_t* next = more ? codes + kValueTile : nullptr;
     accumulate<kValueUnit.per_tile>(
-        o, pair, it,
+        o, pair, it, [](int) {},
         [&](auto step_, auto batch_, int, auto token_, auto& out) {
           constexpr int step = decltype(step_)::value, batch = decltype(batch_)::value, token = decltype(token_)::value;
           constexpr Group group = group_of(V::kSteps, step);
@@ -799,7 +879,7 @@ struct Block : RowBlock {
   static constexpr int kPart = 4 * S::Rows * S::D;  // numerators of a pair
   __device__ void finish(const float* numerators) const {
     constexpr int kLine = S::kLine;
-    float2* parts = reinterpret_cast<float2*>(shared + S::kPairs * kPart * sizeof(float));
+    const int share = this->share();
     for (int i = threadIdx.x; i < rows * kLine; i += S::kThreads) {
       const int r = i / kLine, line = i % kLine;
       // All loads at once: reference maximum and factors before the numerators.
@@ -824,8 +904,9 @@ struct Block : RowBlock {
       if (a.splits == 1) {
         row.store(a, scratch.rows[r].out, scratch.rows[r].lse, line);
       } else if (a.clusters) {
-        parts[i] = row.x;
-        if (line == 0) scratch.merged[r] = {row.top, row.total};
+        const int owner = i / share;
+        to_block(&scratch.from_splits[int(blockIdx.x) * share + i - owner * share], owner,
+                 float4{row.x.x, row.x.y, row.top, row.total}, &scratch.parts);
       } else {
         const int64_t at = (head() * a.rows + row0 + r) * a.splits + blockIdx.x;
         reinterpret_cast<float2*>(a.partials)[at * kLine + line] = row.x;
@@ -834,18 +915,21 @@ struct Block : RowBlock {
     }
 #if __CUDA_ARCH__ >= 900
     if (!a.clusters) return;
-    // The splits are a cluster: each merges its share, and leaves when no other reads its part any more.
-    cluster_sync();
-    const int share = (rows * kLine + a.splits - 1) / a.splits, begin = int(blockIdx.x) * share;
-    for (int i = begin + int(threadIdx.x); i < min(begin + share, rows * kLine); i += S::kThreads) {
-      const int r = i / kLine, line = i % kLine;
+    // The splits are a cluster: each merges its share. Eight lanes a pair of channels.
+    constexpr int kLanes = 8, kAtOnce = S::kThreads / kLanes;
+    const int begin = share_begin(), end = share_end();
+    if (begin < end) barrier_wait(&scratch.parts, 0);
+    for (int first = begin; first < end; first += kAtOnce) {
+      const int i = min(first + int(threadIdx.x) / kLanes, end - 1), r = i / kLine, line = i % kLine;
       Merged row;
-#pragma unroll 8
-      for (int split = 0; split < a.splits; split++)
-        row.add(from_block(&scratch.merged[r], split), from_block(parts + i, split));
-      row.store(a, scratch.rows[r].out, scratch.rows[r].lse, line);
+      for (int split = threadIdx.x % kLanes; split < a.splits; split += kLanes) {
+        const float4 part = scratch.from_splits[split * share + i - begin];
+        row.add({part.z, part.w}, {part.x, part.y});
+      }
+      row.add_lanes<kLanes>();
+      if (threadIdx.x % kLanes == 0 && first + int(threadIdx.x) / kLanes < end)
+        row.store(a, scratch.rows[r].out, scratch.rows[r].lse, line);
     }
-    cluster_sync();
 #endif
   }
 
@@ -898,15 +982,20 @@ struct Block : RowBlock {
       for (int i = 0; i < kKeyUnit.words / 4; i++) fetch(words, i, at);
     }
     barrier_wait(&scratch.k_table, 0);  // even if there are no codes: the table must be there before it is overwritten
+    if constexpr (in_two() && !begins_early()) barrier_wait(&scratch.k_more, 0);
     barrier_wait(&scratch.queries, 0);
     if (tiles.begin < tiles.end) {
 #pragma unroll
       for (int rr = 0; rr < S::kLaneRows; rr++) state.magnitude[rr] = scratch.magnitude[lane_row(rr)];
       Frame frame = first_frame(tiles);
       load_query(frame.now, prepared, q);
-      const Places<K> places(n, c, shared_address(shared) - kSharedBase);
+      Places<K> places(n, c, shared_address(shared) - kSharedBase, begins_early() ? 1 : K::kCopies);
       for (int tile = tiles.begin; tile < tiles.end; tile++, it++, at += kKeyTile) {
         if (tile + kAhead < tiles.end) prefetch(at + kAhead * kKeyTile, kKeyTile, lane);
+        if (begins_early() && tile == tiles.begin + 1) {
+          barrier_wait(&scratch.k_more, 0);
+          places = Places<K>(n, c, shared_address(shared) - kSharedBase, K::kCopies);
+        }
         coded_scores(tile, tile + 1 < tiles.end, at, words, places, prepared, frame, q, s);
         publish(s, state, pair, it);
       }
@@ -930,7 +1019,7 @@ struct Block : RowBlock {
       Words words;
 #pragma unroll
       for (int i = 0; i < kValueUnit.words / 4; i++) fetch(words, i, at);
-      const Places<V> places(n, c, shared_address(shared) - kSharedBase);
+      const Places<V> places(n, c, shared_address(shared) - kSharedBase, V::kCopies);
       for (int tile = tiles.begin; tile < tiles.end; tile++, it++, at += kValueTile) {
         if (tile + kAhead < tiles.end) prefetch(at + kAhead * kValueTile, kValueTile, lane);
         coded_values(o, pair, it, tile + 1 < tiles.end, at, words, places);
@@ -953,40 +1042,52 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   const Block<S> block(a, shared);
   const bool scores = block.warp < S::kPairs;
   const int pair = scores ? block.warp : block.warp - S::kPairs;
-  char* const v_table = shared + S::kValueTable;
   using K = typename S::K;
   using V = typename S::V;
   typename Block<S>::Inverse inverse;
+  typename Block<S>::Asked asked;
   if (scores) {
+    block.ask_query(block.first_row(), asked);
     block.init_barriers();
-    block.describe();
-    block.load_queries();
+    block.start_first();
   } else {
     const int i = threadIdx.x - S::kHalf;
     if (a.layer.inv_freq != nullptr && i < a.layer.half) block.scratch.frequencies[i] = __ldg(a.layer.inv_freq + i);
     if (i < S::Rows * kTile / 8) reinterpret_cast<uint4*>(block.scratch.zeros)[i] = uint4{};
-    if (a.layer.transform != nullptr) block.load_inverse(inverse);
   }
-  __syncthreads();
+  __syncthreads();  // barriers are there
+  if (scores) {
+    if (a.clusters && threadIdx.x == 0) block.expect_parts();
+    block.describe();
+    block.load_queries(asked);
+  } else {
+    block.take_inverse(inverse);
+  }
+  __syncthreads();  // what warps share is known, and T^-1 in registers
   const Frames frames = block.scratch.frames;
   const typename Block<S>::Prepared prepared = block.prepared(frames);
   float* numerators = reinterpret_cast<float*>(shared);  // [kPairs][4 rotations][Rows][D], after the tables
+  // Who has arrived is ready for the parts of other splits, which lie over `turned`.
   if (scores) {
+    if (a.clusters) cluster_arrive();
     Block<S>::template load_table<K>(block.codebook(a.layer.k), shared, &block.scratch.k_table);
     block.score(pair, prepared);
     __syncthreads();
   } else {
-    Block<S>::template load_table<V>(block.codebook(a.layer.v), v_table, &block.scratch.v_table);
+    block.start_second();
     block.prefetch_exact(pair);
     block.prepare(frames, prepared, inverse);
     barrier_arrive(&block.scratch.queries);
+    if (a.clusters) cluster_arrive();
     block.prefetch_first();
     typename Block<S>::Outputs o;
     block.weigh(pair, o);
     barrier_wait(&block.scratch.k_table, 0);  // which the numerators overwrite
+    if constexpr (Block<S>::in_two()) barrier_wait(&block.scratch.k_more, 0);
     __syncthreads();
     block.store_values(o, numerators + pair * Block<S>::kPart);
   }
+  if (a.clusters) cluster_wait();
   __syncthreads();
   block.finish(numerators);
 }
@@ -1013,8 +1114,7 @@ bool clusters_fit(cudaLaunchConfig_t config, int splits) {
 template <class S>
 cudaError_t attend(const Attention& given, cudaStream_t stream) {
   constexpr int kShared = S::kTableBytes + sizeof(Scratch<S>);
-  static_assert(sizeof(Scratch<S>) <= kScratch &&
-                S::kPairs * Block<S>::kPart * sizeof(float) + S::Rows * S::kLine * sizeof(float2) <= S::kTableBytes);
+  static_assert(sizeof(Scratch<S>) <= kScratch && S::kPairs * Block<S>::kPart * sizeof(float) <= S::kTableBytes);
   Attention a = given;
   const auto kernel = attend_kernel<S>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) != cudaSuccess)

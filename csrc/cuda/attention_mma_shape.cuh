@@ -34,7 +34,11 @@ struct Shape {
   using K = KeyTable<D, KD>;
   using V = ValueTable<D, VD>;
   static constexpr int kValueTable = (K::kBytes + 127) / 128 * 128;  // where it begins
-  static constexpr int kTableBytes = kValueTable + V::kBytes;
+  // T^-1 lies behind keys' first table until others come over it, a quarter of its rows after the other: a lane reads
+  // in quarter c, and quarters lie on other banks.
+  static constexpr int kInverse = K::kWhole ? kPage : kValueTable, kQuarter = D * D + 32;  // bytes
+  static constexpr int kTablesEnd = kValueTable + V::kBytes, kInverseEnd = kInverse + 4 * kQuarter;
+  static constexpr int kTableBytes = kTablesEnd > kInverseEnd ? kTablesEnd : kInverseEnd;
   static constexpr int kLine = D / 2;        // pairs of channels
   static constexpr int kFrames = 16 / Rows;  // whose queries are prepared with one product
   static constexpr int kKept = 8 / kTiles;   // frames whose queries stay in shared memory
@@ -68,7 +72,12 @@ struct Scratch {
     int rescale;
     int pad[3];
   } slots[S::kPairs][2];
-  __half turned[2][16][S::D + 8];  // rotated queries of a product, rounded, and what that lost; rows on different banks
+  union {
+    __half turned[2][16]
+                 [S::D + 8];  // rotated queries of a product, rounded, and what that lost; rows on different banks
+    // Then, of the splits of a cluster: a pair of channels, reference maximum, sum.
+    float4 from_splits[S::Rows * S::kLine + kMaxCluster];
+  };
   uint2 prepared[S::kKept][S::kTiles][S::D];  // queries of the block's frames, if they are this few
   float query[S::Rows][S::D];                 // divided by its power of two
   float frequencies[S::D / 2];
@@ -81,9 +90,8 @@ struct Scratch {
   int bounds[S::kPairs + 1];  // of the pairs' tiles
   Frames frames;
   int origin;
-  float2 merged[S::Rows];           // of the pairs, as `ends`
   float2 ends[S::kPairs][S::Rows];  // reference maximum (log2), sum
-  uint64_t full[S::kPairs][2], empty[S::kPairs][2], k_table, v_table, queries;
+  uint64_t full[S::kPairs][2], empty[S::kPairs][2], k_table, k_more, v_table, queries, inverse, parts;
 };
 
 // A lane's codes of a tile come in chunks of 16 bytes. Warps keep half a tile of them in registers, where that is whole
@@ -98,12 +106,13 @@ struct Unit {
 template <class Table>
 struct Places {
   uint32_t four[4], two[2], one;
-  // `base`: where shared memory begins, relative to kSharedBase.
-  __device__ Places(int n, int c, uint32_t base) {
+  // `base`: where shared memory begins, relative to kSharedBase; `copies`: of the table, that are there.
+  __device__ Places(int n, int c, uint32_t base, int copies) {
 #pragma unroll
-    for (int x = 0; x < 4; x++) four[x] = opaque(base + Table::lane_place(4, x, n, c));
-    two[0] = opaque(base + Table::lane_place(2, 0, n, c)), two[1] = opaque(base + Table::lane_place(2, 1, n, c));
-    one = opaque(base + Table::lane_place(1, 0, n, c));
+    for (int x = 0; x < 4; x++) four[x] = opaque(base + Table::lane_place(4, x, n, c, copies));
+#pragma unroll
+    for (int x = 0; x < 2; x++) two[x] = opaque(base + Table::lane_place(2, x, n, c, copies));
+    one = opaque(base + Table::lane_place(1, 0, n, c, copies));
   }
   __device__ __forceinline__ uint32_t at(int width, int x) const {
     return width == 4 ? four[x & 3] : width == 2 ? two[x & 1] : one;
@@ -155,6 +164,21 @@ struct Merged {
     const float theirs = exp2_fast(end.x - top);
     total += end.y * theirs;
     x = {x.x + y.x * theirs, x.y + y.y * theirs};
+  }
+
+  // The sums of `Lanes` neighbouring lanes together, in each of them.
+  template <int Lanes>
+  __device__ __forceinline__ void add_lanes() {
+    const float own = top;
+#pragma unroll
+    for (int step = 1; step < Lanes; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+    const float factor = exp2_fast(own - top);
+    total *= factor, x.x *= factor, x.y *= factor;
+#pragma unroll
+    for (int step = 1; step < Lanes; step *= 2) {
+      total += __shfl_xor_sync(~0u, total, step);
+      x.x += __shfl_xor_sync(~0u, x.x, step), x.y += __shfl_xor_sync(~0u, x.y, step);
+    }
   }
 
   // `out`, `lse`: the row's first element of the results.

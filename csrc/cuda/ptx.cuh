@@ -106,26 +106,39 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void bulk_copy(char* to, const void* from, int bytes, uint64_t* barrier) {
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
-__device__ __forceinline__ void cluster_sync() {
+// A cluster's barrier that orders nothing else: releasing one flushes all writes of the GPU's memory, some 2000 cycles.
+__device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
-// What lies at `at` in the shared memory of another block of the cluster.
-__device__ __forceinline__ float2 from_block(const float2* at, int block) {
-  float2 x = {0.f, 0.f};
+__device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(block));
-  asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(there) : "memory");
+  asm volatile("barrier.cluster.wait;" ::: "memory");
 #endif
-  return x;
+}
+// Lets the other blocks of a cluster use barriers that this thread has initialised.
+__device__ __forceinline__ void barriers_to_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+// Writes x to `at` in the shared memory of another block of the cluster, and tells its barrier.
+__device__ __forceinline__ void to_block(const float4* at, int block, float4 x, const uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t there, its_barrier;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(block));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(its_barrier) : "r"(shared_address(barrier)), "r"(block));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(there),
+               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(its_barrier)
+               : "memory");
+#endif
 }
 // Between ordinary accesses to shared memory and bulk copies to it.
 __device__ __forceinline__ void bulk_fence() {
