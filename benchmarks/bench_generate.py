@@ -332,30 +332,30 @@ def table(cases: list[dict], machines: dict[str, dict]) -> str:
 
 
 def plot(cases: list[dict], path: Path) -> None:
-    """Milliseconds a step against length, one panel a model and batch, one line a cache; million solid, others dashed."""
+    """Milliseconds a step: a group of bars for every model, batch and length, in it one for every cache that was timed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     timed = [x for x in cases if figure(x, "decode", "ms")]
-    panels = list(dict.fromkeys((x["model"], x["batch"], x["device"]) for x in timed))
-    columns = min(3, len(panels))
-    height = -(-len(panels) // columns)
-    sheet, axes = pyplot.subplots(height, columns, figsize=(5.5 * columns, 4.2 * height), squeeze=False)
-    for unused in axes.flat[len(panels) :]:
-        unused.set_visible(False)
-    colours = {name: f"C{i}" for i, name in enumerate(KINDS)}
-    for axis, panel in zip(axes.flat, panels):
-        for name in KINDS:
-            points = [x for x in timed if (x["model"], x["batch"], x["device"]) == panel and x["cache"] == name]
-            if points:
-                style = "o-" if name.startswith("million") else "s--"
-                axis.plot([x["tokens"] for x in points], [x["decode"]["ms"] for x in points], style, color=colours[name], label=name,
-                          markersize=3)  # fmt: skip
-        axis.set(title=f"{panel[0]}, batch {panel[1]}", xlabel="tokens", ylabel="ms a step", xscale="log", yscale="log")
-        axis.grid(True, which="both", alpha=0.2)
-        axis.legend(fontsize=7)
+    groups = list(dict.fromkeys((x["model"], x["batch"], x["tokens"], x["device"]) for x in timed))
+    names = [name for name in KINDS if any(x["cache"] == name for x in timed)]
+    sheet, axis = pyplot.subplots(figsize=(2 + 1.6 * len(groups), 4.5))
+    width = 0.85 / len(names)
+    for i, name in enumerate(names):
+        own = {
+            (x["model"], x["batch"], x["tokens"], x["device"]): x["decode"]["ms"] for x in timed if x["cache"] == name
+        }
+        at = [g + (i - (len(names) - 1) / 2) * width for g, group in enumerate(groups) if group in own]
+        bars = axis.bar(
+            at, [own[group] for group in groups if group in own], width, label=name, color=f"C{list(KINDS).index(name)}"
+        )
+        axis.bar_label(bars, fmt="%.3g", fontsize=6)
+    axis.set_xticks(range(len(groups)), [f"{m}\nbatch {b}\n{t} tokens" for m, b, t, _ in groups], fontsize=8)
+    axis.set(ylabel="ms a decode step", yscale="log")
+    axis.grid(True, axis="y", which="both", alpha=0.2)
+    axis.legend(fontsize=7)
     sheet.tight_layout()
     sheet.savefig(path, dpi=110)
     pyplot.close(sheet)
