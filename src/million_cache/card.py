@@ -64,8 +64,13 @@ def model_card(codebooks: Codebooks) -> str:
         *_distortion(codebooks),
     ]
     if known := {k: str(provenance[k]) for k in ("text", "tokens", "seed", "date") if k in provenance}:
-        if "text" in known:
-            known["text"] = Path(known["text"]).name  # not where it lies on somebody's disk
+        if "text" in known:  # not where it lies on somebody's disk
+            sources = known["text"].split(" + ")
+            known["text"] = " + ".join(x if x.startswith("dataset:") else Path(x).name for x in sources)
+        if provenance.get("finetune_steps"):
+            known["fine-tuning"] = f"{provenance['finetune_steps']} steps"
+            if held_out := provenance.get("finetune_held_out_kl"):
+                known["fine-tuning"] += f", KL on held-out text {held_out[0]:.5f} to {held_out[1]:.5f}"
         parts += ["## Calibration", _table(known)]
     return "\n\n".join(parts) + "\n"
 

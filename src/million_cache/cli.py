@@ -109,7 +109,13 @@ def demo(
 def calibrate(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write the codebooks to; a checkpoint's own will do.")],
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text. Default: the text in the package.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="UTF-8 file, or `dataset:NAME` or `dataset:NAME,CONFIG` of the hub (again for more, in turns). Default: the text in the "
+            "package."
+        ),
+    ] = None,
     preset: Annotated[
         list[Preset],
         typer.Option(help="Bits of a cached element (again for more: directories OUT-4bit, OUT-2bit ...)."),
@@ -143,14 +149,15 @@ def calibrate(
     with mistakes():
         from million_cache.config import PQConfig
         from million_cache.evaluate import with_window
-        from million_cache.loading import origin
+        from million_cache.loading import origin, read_texts
         from million_cache.programs import calibrate_text
 
         outs = [out] if len(preset) == 1 else [out.with_name(f"{out.name}-{p.value}") for p in preset]
         for directory in outs:
             if directory.is_file():
                 raise ValueError(f"{directory} is a file; give a directory to write to")
-        source, body = _text(text, "calibration")
+        most = 16 * tokens  # characters: few tokenizers make longer tokens
+        source, body = read_texts(text, most) if text else _text(None, "calibration")
         loaded, tokenizer = _load(model, device, dtype)
         configs = [with_window(PQConfig.preset(p.value), recent, sinks) for p in preset]
         found = calibrate_text(
@@ -312,6 +319,48 @@ def tasks(
             **{name: value for name, value in given.items() if value},
         )
         console.print(tasks_table(result))
+        err.print(f"Wrote {out}.json and .md.")
+
+
+@app.command()
+def harness(
+    model: Model,
+    codebooks: Annotated[list[str], typer.Option(help="As for `million evaluate` (again for more).")],
+    task: Annotated[list[str], typer.Option(help="Of lm-evaluation-harness: hellaswag, gsm8k ... (again for more).")],
+    out: Annotated[Path, typer.Option(help="Write OUT.json and OUT.md.")],
+    few_shot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question. Default: the task's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of a task. Default: all.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of a request. Default: the model's own.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Directory with tasks of your own (YAML).")] = None,
+    recent: Recent = None,
+    sinks: Sinks = None,
+    device: Device = "cpu",
+    dtype: ModelDtype = None,
+) -> None:
+    """Tasks of lm-evaluation-harness through the decode path, beside the dense cache (needs `pip install "million[harness]"`)."""
+    with mistakes():
+        if not out.parent.is_dir():
+            raise ValueError(f"cannot write {out}: there is no directory {out.parent}")
+        try:
+            from million_cache.harness import run_harness
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f'`million harness` needs lm-evaluation-harness ({error}): pip install "million[harness]"'
+            ) from error
+
+        books = _named_codebooks(codebooks)
+        loaded, tokenizer = _load(model, device, dtype)
+        result = run_harness(
+            loaded, tokenizer, model, books, task, out, few_shot=few_shot, limit=limit, batch_size=batch_size, max_length=max_length,
+            include=include, recent_tokens=recent, sink_tokens=sinks,
+        )  # fmt: skip
+        for row in result["rows"]:
+            console.print(f"{row['task']} {row['metric']} {row['cache']}: {row['value']:.4f}", soft_wrap=True)
         err.print(f"Wrote {out}.json and .md.")
 
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib.resources
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -307,6 +308,59 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise UserError(f"the text {path} is empty")
     return text
+
+
+PIECE = 8192  # characters of a text in a row where several are mixed
+
+
+def read_dataset(spec: str, characters: int) -> str:
+    """The first ``characters`` of a dataset's text, rows joined by newlines: the train split, column "text" or else the first of text.
+
+    Args:
+        spec: ``NAME`` or ``NAME,CONFIG``: of the hub, or a directory that the package `datasets` can read.
+
+    Raises:
+        UserError: the package is not installed, there is no such dataset or it has no text, or the hub is out of reach.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise UserError(f"dataset:{spec} needs the package datasets: pip install datasets") from error
+    name, _, config = spec.partition(",")
+    parts, size = [], 0
+    try:
+        for row in datasets.load_dataset(name, config or None, split="train", streaming=True):
+            columns = [key for key, value in row.items() if isinstance(value, str)]
+            if not columns:
+                raise UserError(f"dataset:{spec} has no column of text among {', '.join(row)}")
+            parts.append(row["text" if "text" in columns else columns[0]])
+            size += len(parts[-1]) + 1
+            if size >= characters:
+                break
+    except (OSError, ValueError) as error:  # what `datasets` raises for names, configurations and connections alike
+        raise UserError(f"cannot read dataset:{spec}: {error}") from error
+    text = "\n".join(parts)
+    if not text.strip():
+        raise UserError(f"dataset:{spec} is empty")
+    return text
+
+
+def read_texts(sources: list[str], characters: int) -> tuple[str, str]:
+    """Name and content of files and datasets (``dataset:NAME``, see `read_dataset`); several in turns, `PIECE` characters at a time.
+
+    Args:
+        characters: how many are wanted of each dataset; files come whole.
+
+    Raises:
+        UserError: one of them cannot be read or is empty.
+    """
+    texts = [
+        read_dataset(source.removeprefix("dataset:"), characters) if source.startswith("dataset:") else read_text(Path(source))
+        for source in sources
+    ]  # fmt: skip
+    pieces = [[text[i : i + PIECE] for i in range(0, len(text), PIECE)] for text in texts]
+    turns = itertools.zip_longest(*pieces, fillvalue="") if len(pieces) > 1 else [texts]
+    return " + ".join(sources), "\n".join(piece for turn in turns for piece in turn if piece)
 
 
 def contexts(tokenizer: PreTrainedTokenizerBase, text: str, context: int, count: int, source: str) -> torch.Tensor:
