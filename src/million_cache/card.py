@@ -71,6 +71,8 @@ def model_card(codebooks: Codebooks) -> str:
             known["fine-tuning"] = f"{provenance['finetune_steps']} steps"
             if held_out := provenance.get("finetune_held_out_kl"):
                 known["fine-tuning"] += f", KL on held-out text {held_out[0]:.5f} to {held_out[1]:.5f}"
+        if held_out := provenance.get("held_out"):
+            known["KL on text not trained on"] = f"{held_out['kl']:.5f} ({held_out['tokens']} tokens)"
         parts += ["## Calibration", _table(known)]
     return "\n\n".join(parts) + "\n"
 

@@ -25,6 +25,7 @@ app = typer.Typer(
 console = Console()
 err = Console(stderr=True)
 settings = {"debug": False}
+MOST_POOR = 5  # heads that `calibrate` warns of, a preset
 
 
 class Preset(str, Enum):
@@ -133,6 +134,12 @@ def calibrate(
             help="Steps of gradient descent on the centroids, for better ones: for a GPU, on a CPU each takes minutes.",
         ),
     ] = 0,
+    held_out: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Tokens behind those used, on which to measure the KL; 0: none. Default: 512 or more."
+        ),
+    ] = None,
     recent: Annotated[
         int | None, typer.Option(min=0, help="Last tokens that stay exact, stored as the default.")
     ] = None,
@@ -150,7 +157,8 @@ def calibrate(
         from million_cache.config import PQConfig
         from million_cache.evaluate import with_window
         from million_cache.loading import origin, read_texts
-        from million_cache.programs import calibrate_text
+        from million_cache.programs import calibrate_text, held_out_kl
+        from million_cache.report import poor_heads
 
         outs = [out] if len(preset) == 1 else [out.with_name(f"{out.name}-{p.value}") for p in preset]
         for directory in outs:
@@ -172,11 +180,20 @@ def calibrate(
             sensitivity_tokens=sensitivity_tokens,
             finetune_steps=finetune_steps,
         )
+        kl = [] if held_out == 0 else held_out_kl(loaded, tokenizer, found, body, tokens, held_out)
         for codebooks, directory in zip(found, outs):
             codebooks.provenance |= {"model": model, **origin(model)}
             codebooks.save_pretrained(directory, compact=compact)
             size, bits = codebooks.nbytes / 1e6, codebooks.config.bits_per_element
             err.print(f"Wrote {directory} ({size:.1f} MB of codebooks, {bits:g} bit).")
+            for layer, kind, head, ratio, times in poor_heads(codebooks)[:MOST_POOR]:
+                text = f"layer {layer}, {kind} of KV head {head}: distortion is {ratio:.3f} of the energy, {times:.1f} times the upper quartile of the heads"
+                err.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+        for codebooks, value in zip(found, kl):
+            unseen, bits = codebooks.provenance["held_out"]["tokens"], codebooks.config.bits_per_element
+            err.print(f"KL to the dense cache on {unseen} tokens not trained on: {value:.5f} ({bits:g} bit).")
+        if not kl and held_out != 0:
+            err.print("The text has no tokens left to measure on.")
 
 
 @app.command()

@@ -83,6 +83,38 @@ def calibrate_text(
     return found
 
 
+def held_out_kl(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    codebooks: Sequence[Codebooks],
+    text: str,
+    used: int,
+    tokens: int | None = None,
+) -> list[float]:
+    """What to expect: KL to the dense cache through the decode path, nats, on a piece of a text that was not calibrated on.
+
+    Args:
+        codebooks: with the same window and sinks; each keeps its figure in ``provenance["held_out"]``.
+        used: tokens of the text that calibration has seen, from its start.
+        tokens: of the piece; default 512, or 256 more than the exact ones if that is more.
+
+    Returns:
+        A figure for each of ``codebooks``; none if the text ends before.
+    """
+    window = codebooks[0].config.recent_tokens + codebooks[0].config.sink_tokens
+    tokens = tokens or max(512, window + 256)
+    rows = 1 + -(-used // (tokens - 1))  # contexts so long, of which the last begins behind what was used
+    try:
+        piece = contexts(tokenizer, text, tokens, rows, "the text")[-1:]
+    except UserError:
+        return []
+    with progress_bar("Measuring on unseen text", len(codebooks) * tokens, "tokens") as advance:
+        found = [evaluate(model, books, piece, progress=advance)["kl"] for books in codebooks]
+    for books, kl in zip(codebooks, found):
+        books.provenance["held_out"] = {"kl": kl, "tokens": tokens}
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------------ generation
 
 

@@ -33,6 +33,27 @@ def stacked(codebooks: Codebooks, kind: str) -> tuple[Tensor, Tensor]:
     )
 
 
+POOR = 3.0  # times the distortion that three quarters of the heads stay under
+
+
+def poor_heads(codebooks: Codebooks) -> list[tuple[int, str, int, float, float]]:
+    """Heads that quantise badly, the worst first: layer, "keys" or "values", KV head, distortion over energy, and
+    that in multiples of the upper quartile of all heads.
+
+    Raises:
+        UserError: no report.
+    """
+    found = []
+    for kind, name in zip(KINDS, ("keys", "values")):
+        energy, distortion = (x.mean(-1) for x in stacked(codebooks, kind))
+        ratio = distortion / energy.clamp(min=1e-30)
+        times = ratio / ratio.quantile(0.75).clamp(min=1e-30)
+        layers = sorted(codebooks.report)
+        for row, head in (times > POOR).nonzero().tolist():
+            found.append((layers[row], name, head, ratio[row, head].item(), times[row, head].item()))
+    return sorted(found, key=lambda x: -x[-1])
+
+
 def layer_table(codebooks: Codebooks) -> Table:
     """One row a layer: energy, distortion and their ratio for keys and values, means over heads and subspaces."""
     from rich.table import Table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from million_cache import PRESETS, Codebooks
 from million_cache.card import CARD_NAME
 from million_cache.cli import Preset
 from million_cache.codebook import CONFIG_NAME, TENSORS_NAME
+from million_cache.evaluate import evaluate
+from million_cache.loading import shipped_text
+from million_cache.report import poor_heads
 from tests.tools.tiny import tiny_llama
 
 JSON_KEYS = {
@@ -60,6 +64,57 @@ def test_calibrate_takes_the_shipped_text_by_default(million, model_dir, tmp_pat
     )
     assert result.exit_code == 0, result.stderr
     assert "shipped" in Codebooks.from_pretrained(tmp_path / "books").provenance["text"]
+
+
+def test_calibrate_says_what_to_expect(million, model_dir, tokenizer, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(shipped_text("calibration")[:20000])
+    run = (
+        "calibrate",
+        "--model",
+        model_dir,
+        "--text",
+        text,
+        "--tokens",
+        2048,
+        "--context",
+        512,
+        "--recent",
+        8,
+        "--preset",
+        "1bit",
+    )
+    result = million(*run, "--held-out", 300, "--out", tmp_path / "books")
+    assert result.exit_code == 0, result.stderr
+    books = Codebooks.from_pretrained(tmp_path / "books")
+    held_out = books.provenance["held_out"]
+    assert held_out["tokens"] == 300
+    assert f"on 300 tokens not trained on: {held_out['kl']:.5f} (1 bit)" in " ".join(result.stderr.split())
+    assert "| KL on text not trained on |" in (tmp_path / "books" / CARD_NAME).read_text()
+    # Row 7 of 300 tokens begins at token 2100, behind the 2048 that were used.
+    ids = torch.tensor(tokenizer(text.read_text(), verbose=False).input_ids[2100:2400])[None]
+    assert evaluate(tiny_llama(), books, ids)["kl"] == pytest.approx(held_out["kl"], rel=1e-3)
+    assert "held_out" not in calibrated(million(*run, "--held-out", 0, "--out", tmp_path / "none"), tmp_path / "none")
+    text.write_text(shipped_text("calibration")[:5000])
+    result = million(*run, "--out", tmp_path / "short")
+    assert "no tokens left" in result.stderr and "held_out" not in calibrated(result, tmp_path / "short")
+
+
+def calibrated(result, directory):
+    """Provenance of what `million calibrate` wrote."""
+    assert result.exit_code == 0, result.stderr
+    return Codebooks.from_pretrained(directory).provenance
+
+
+def test_poor_heads_are_named(books):
+    assert poor_heads(books) == []
+    report = dict(books.report)
+    bad = report[1].k_distortion.clone()
+    bad[1] *= 10
+    report[1] = replace(report[1], k_distortion=bad)
+    ((layer, kind, head, ratio, times),) = poor_heads(replace(books, report=report))
+    assert (layer, kind, head) == (1, "keys", 1)
+    assert times > 3 and ratio == pytest.approx(float(bad[1].mean() / report[1].k_energy[1].mean()))
 
 
 def test_calibrate_several_presets_at_once(million, model_dir, tmp_path):
