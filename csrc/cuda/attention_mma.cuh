@@ -30,8 +30,8 @@
 //   lookups;
 //   * the warps for values prepare the queries of the block's RoPE frames, q_f = T^-T R(-t_f) q / power of two in the
 //     order of A, with T^-1 in registers; then they do the values of exact tokens.
-// The splits of a row are a cluster of blocks, if so many fit, and merge through each other's shared memory; else they
-// leave partial results and a second kernel merges.
+// The splits of a row are a cluster of blocks, if so many fit, and send their parts to each other's shared memory; else
+// they leave partial results and a second kernel merges.
 #pragma once
 
 #include <cuda_pipeline.h>
