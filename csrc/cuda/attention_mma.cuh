@@ -187,7 +187,7 @@ struct Block : RowBlock {
     const Exact exact = {sinks + ring + int(layer.n),          sinks, ring, oldest,
                          ring > 0 ? oldest % int(layer.R) : 0, at,    start};
     const Range seen = range();
-    // Tiles of 64 slots: there are fewer than 2^24, and splits fewer than 2^8.
+    // Tiles of 64 slots: there are at most 2^24, and splits fewer than 2^8.
     const uint32_t tile0 = max(seen.begin, 0) / kTile, all = max((seen.end + kTile - 1) / kTile - int(tile0), 0);
     const int begin = all * blockIdx.x / a.splits, end = all * (blockIdx.x + 1) / a.splits;
     // Pairs with exact tokens get fewer tiles: the first `more` pairs have a group more than the others.
@@ -1043,7 +1043,6 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   const bool scores = block.warp < S::kPairs;
   const int pair = scores ? block.warp : block.warp - S::kPairs;
   using K = typename S::K;
-  using V = typename S::V;
   typename Block<S>::Inverse inverse;
   typename Block<S>::Asked asked;
   if (scores) {

@@ -70,6 +70,7 @@ bool check_layouts(const Layer& layer) {
   for (const Coded* book : {&layer.k, &layer.v})
     REQUIRE(reinterpret_cast<uintptr_t>(book->codebook) % 16 == 0 && reinterpret_cast<uintptr_t>(book->codes) % 16 == 0,
             "codebooks and codes must be aligned to 16 bytes");
+  REQUIRE(reinterpret_cast<uintptr_t>(layer.transform) % 16 == 0, "the transform must be aligned to 16 bytes");
   return true;
 }
 

@@ -17,6 +17,13 @@ EVALUATION_KEYS = (  # of what `million_cache.evaluate.evaluate` returns
 TAGS = ("million", "kv-cache", "product-quantization", "quantization")
 
 
+def _shown(source: str) -> str:
+    """A text's source without the directories of somebody's disk; datasets of the hub (``dataset:owner/name``) whole."""
+    name = source.removeprefix("dataset:")
+    hub = name != source and name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    return source if hub else source[: len(source) - len(name)] + Path(name).name
+
+
 def may_write_card(directory: Path) -> bool:
     """Whether a directory's card is ours to write: not beside a checkpoint, and not over somebody else's README."""
     if (directory / "config.json").exists():
@@ -66,7 +73,7 @@ def model_card(codebooks: Codebooks) -> str:
     if known := {k: str(provenance[k]) for k in ("text", "tokens", "seed", "date") if k in provenance}:
         if "text" in known:  # not where it lies on somebody's disk
             sources = known["text"].split(" + ")
-            known["text"] = " + ".join(x if x.startswith("dataset:") else Path(x).name for x in sources)
+            known["text"] = " + ".join(_shown(x) for x in sources)
         if provenance.get("finetune_steps"):
             known["fine-tuning"] = f"{provenance['finetune_steps']} steps"
             if held_out := provenance.get("finetune_held_out_kl"):

@@ -137,7 +137,8 @@ def calibrate(
     held_out: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Tokens behind those used, on which to measure the KL; 0: none. Default: 512 or more."
+            min=0,
+            help="Tokens behind those used to measure the KL on, more than stay exact; 0: none. Default: 512 or more.",
         ),
     ] = None,
     recent: Annotated[
@@ -154,6 +155,7 @@ def calibrate(
 ) -> None:
     """Train codebooks for a model on a text and write them to a directory; several presets share the work."""
     with mistakes():
+        from million_cache.codebook import Codebooks
         from million_cache.config import PQConfig
         from million_cache.evaluate import with_window
         from million_cache.loading import origin, read_texts
@@ -166,8 +168,10 @@ def calibrate(
                 raise ValueError(f"{directory} is a file; give a directory to write to")
         most = 16 * tokens  # characters: few tokenizers make longer tokens
         source, body = read_texts(text, most) if text else _text(None, "calibration")
-        loaded, tokenizer = _load(model, device, dtype)
         configs = [with_window(PQConfig.preset(p.value), recent, sinks) for p in preset]
+        if held_out and held_out <= (exact := configs[0].recent_tokens + configs[0].sink_tokens):
+            raise ValueError(f"--held-out {held_out} tokens would all stay exact: give more than {exact}, or 0")
+        loaded, tokenizer = _load(model, device, dtype)
         found = calibrate_text(
             loaded,
             tokenizer,
@@ -180,19 +184,23 @@ def calibrate(
             sensitivity_tokens=sensitivity_tokens,
             finetune_steps=finetune_steps,
         )
-        kl = [] if held_out == 0 else held_out_kl(loaded, tokenizer, found, body, tokens, held_out)
         for codebooks, directory in zip(found, outs):
             codebooks.provenance |= {"model": model, **origin(model)}
             codebooks.save_pretrained(directory, compact=compact)
             size, bits = codebooks.nbytes / 1e6, codebooks.config.bits_per_element
             err.print(f"Wrote {directory} ({size:.1f} MB of codebooks, {bits:g} bit).")
             for layer, kind, head, ratio, times in poor_heads(codebooks)[:MOST_POOR]:
-                text = f"layer {layer}, {kind} of KV head {head}: distortion is {ratio:.3f} of the energy, {times:.1f} times the upper quartile of the heads"
-                err.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
-        for codebooks, value in zip(found, kl):
+                said = f"layer {layer}, {kind} of KV head {head}: distortion is {ratio:.3f} of the energy, {times:.1f} times the upper quartile of the heads"
+                err.print(Text.assemble(("warning: ", "yellow"), said), soft_wrap=True)
+        if held_out == 0:
+            return
+        written = [Codebooks.from_pretrained(directory) for directory in outs]  # as they will be used
+        kl = held_out_kl(loaded, tokenizer, written, body, tokens, held_out)
+        for codebooks, value, directory in zip(written, kl, outs):
+            codebooks.save_pretrained(directory)
             unseen, bits = codebooks.provenance["held_out"]["tokens"], codebooks.config.bits_per_element
             err.print(f"KL to the dense cache on {unseen} tokens not trained on: {value:.5f} ({bits:g} bit).")
-        if not kl and held_out != 0:
+        if not kl:
             err.print("The text has no tokens left to measure on.")
 
 

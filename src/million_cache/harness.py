@@ -26,7 +26,8 @@ from million_cache.cache import MillionStaticCache
 from million_cache.codebook import Codebooks
 from million_cache.evaluate import CHUNK, with_window
 from million_cache.loading import UserError, atomic_path
-from million_cache.models import cache_argument
+from million_cache.models import cache_argument, fingerprint
+from million_cache.state import refuse_other_model
 
 
 class MillionLM(HFLM):
@@ -106,15 +107,18 @@ def run_harness(
         include: directory with more tasks (YAML).
 
     Returns:
-        What the JSON file holds: the settings, and ``rows`` of task, metric, cache, value and standard error.
+        What the JSON file holds: the settings, and ``rows`` of task, metric (with its filter), cache and value.
 
     Raises:
         UserError: a task is unknown, or its data cannot be loaded.
+        ValueError: codebooks of another model.
     """
     options = {"batch_size": batch_size, "max_length": max_length}
     models = {"dense": HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", **options)}
     window = {"recent_tokens": recent_tokens, "sink_tokens": sink_tokens}
     models |= {title: MillionLM(model, tokenizer, books, **window, **options) for title, books in codebooks.items()}
+    for books in codebooks.values():
+        refuse_other_model(books, fingerprint(model))  # before hours of the dense cache
     manager = TaskManager(include_path=str(include) if include else None)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise UserError(f"lm-evaluation-harness {lm_eval.__version__} has no task called {', '.join(unknown)}")
@@ -125,13 +129,15 @@ def run_harness(
                 model=lm, tasks=list(tasks), num_fewshot=few_shot, limit=limit, task_manager=manager, log_samples=False,
                 bootstrap_iters=0,
             )  # fmt: skip
-        except ConnectionError as error:
+        except (OSError, RuntimeError) as error:  # what `datasets` raises
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise UserError(f"the data of {', '.join(tasks)} cannot be loaded: {error}") from error
         for task, values in found["results"].items():
             for key, value in values.items():
-                metric, _, _ = key.partition(",")
-                if isinstance(value, (int, float)) and "," in key and not metric.endswith("_stderr"):
-                    rows.append({"task": task, "metric": metric, "cache": title, "value": value})
+                metric, _, filtered = key.partition(",")  # several filters of an answer may be scored
+                if isinstance(value, (int, float)) and filtered and not metric.endswith("_stderr"):
+                    rows.append({"task": task, "metric": key.removesuffix(",none"), "cache": title, "value": value})
     result = {
         "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),

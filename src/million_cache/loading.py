@@ -314,7 +314,7 @@ PIECE = 8192  # characters of a text in a row where several are mixed
 
 
 def read_dataset(spec: str, characters: int) -> str:
-    """The first ``characters`` of a dataset's text, rows joined by newlines: the train split, column "text" or else the first of text.
+    """At least ``characters`` of a dataset's text, rows joined by newlines: the train split, column "text" or else the first of text.
 
     Args:
         spec: ``NAME`` or ``NAME,CONFIG``: of the hub, or a directory that the package `datasets` can read.
@@ -327,18 +327,27 @@ def read_dataset(spec: str, characters: int) -> str:
     except ModuleNotFoundError as error:
         raise UserError(f"dataset:{spec} needs the package datasets: pip install datasets") from error
     name, _, config = spec.partition(",")
-    parts, size = [], 0
+    parts, size, column, seen = [], 0, None, ()
     try:
         for row in datasets.load_dataset(name, config or None, split="train", streaming=True):
-            columns = [key for key, value in row.items() if isinstance(value, str)]
-            if not columns:
-                raise UserError(f"dataset:{spec} has no column of text among {', '.join(row)}")
-            parts.append(row["text" if "text" in columns else columns[0]])
+            seen = row
+            if column is None:
+                columns = [key for key, value in row.items() if isinstance(value, str)]
+                column = "text" if "text" in row else columns[0] if columns else None
+            if column is None or not isinstance(row[column], str):  # an empty row
+                continue
+            parts.append(row[column])
             size += len(parts[-1]) + 1
             if size >= characters:
                 break
-    except (OSError, ValueError) as error:  # what `datasets` raises for names, configurations and connections alike
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # what `datasets` raises for names, configurations and connections alike
         raise UserError(f"cannot read dataset:{spec}: {error}") from error
+    if not parts:
+        raise UserError(f"dataset:{spec} has no column of text among {', '.join(seen)}")
     text = "\n".join(parts)
     if not text.strip():
         raise UserError(f"dataset:{spec} is empty")
@@ -349,7 +358,7 @@ def read_texts(sources: list[str], characters: int) -> tuple[str, str]:
     """Name and content of files and datasets (``dataset:NAME``, see `read_dataset`); several in turns, `PIECE` characters at a time.
 
     Args:
-        characters: how many are wanted of each dataset; files come whole.
+        characters: how many are wanted of each dataset; files come whole. Of several sources all are among the first of these.
 
     Raises:
         UserError: one of them cannot be read or is empty.
@@ -358,7 +367,8 @@ def read_texts(sources: list[str], characters: int) -> tuple[str, str]:
         read_dataset(source.removeprefix("dataset:"), characters) if source.startswith("dataset:") else read_text(Path(source))
         for source in sources
     ]  # fmt: skip
-    pieces = [[text[i : i + PIECE] for i in range(0, len(text), PIECE)] for text in texts]
+    length = max(1, min(PIECE, characters // (16 * len(texts))))  # with the shortest tokens, one character each, too
+    pieces = [[text[i : i + length] for i in range(0, len(text), length)] for text in texts]
     turns = itertools.zip_longest(*pieces, fillvalue="") if len(pieces) > 1 else [texts]
     return " + ".join(sources), "\n".join(piece for turn in turns for piece in turn if piece)
 

@@ -38,7 +38,7 @@ POOR = 3.0  # times the distortion that three quarters of the heads stay under
 
 def poor_heads(codebooks: Codebooks) -> list[tuple[int, str, int, float, float]]:
     """Heads that quantise badly, the worst first: layer, "keys" or "values", KV head, distortion over energy, and
-    that in multiples of the upper quartile of all heads.
+    that in multiples of the upper quartile of all heads (of which there must be more than three for one to stand out).
 
     Raises:
         UserError: no report.

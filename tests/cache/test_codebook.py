@@ -214,10 +214,16 @@ def test_card_of_a_relative_directory_that_exists(books, tmp_path, monkeypatch):
 
 
 def test_card_says_how_they_were_calibrated(books):
-    mixed = {"text": "/home/me/notes.txt + dataset:Salesforce/wikitext,wikitext-2-raw-v1", "tokens": 4096}
+    mixed = {
+        "text": "/home/me/notes.txt + dataset:Salesforce/wikitext,wikitext-2-raw-v1 + dataset:/home/me/rows",
+        "tokens": 4096,
+    }
     tuned = {"finetune_steps": 24, "finetune_held_out_kl": [0.0078, 0.0062]}
     card = model_card(replace(books, provenance=mixed | tuned))
-    assert "| text | notes.txt + dataset:Salesforce/wikitext,wikitext-2-raw-v1 |" in card and "/home" not in card
+    assert (
+        "| text | notes.txt + dataset:Salesforce/wikitext,wikitext-2-raw-v1 + dataset:rows |" in card
+        and "/home" not in card
+    )
     assert "| fine-tuning | 24 steps, KL on held-out text 0.00780 to 0.00620 |" in card
     assert "fine-tuning" not in model_card(replace(books, provenance=mixed))
 

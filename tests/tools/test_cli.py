@@ -94,6 +94,8 @@ def test_calibrate_says_what_to_expect(million, model_dir, tokenizer, tmp_path):
     # Row 7 of 300 tokens begins at token 2100, behind the 2048 that were used.
     ids = torch.tensor(tokenizer(text.read_text(), verbose=False).input_ids[2100:2400])[None]
     assert evaluate(tiny_llama(), books, ids)["kl"] == pytest.approx(held_out["kl"], rel=1e-3)
+    refused = million(*run, "--held-out", 12, "--out", tmp_path / "none")
+    assert refused.exit_code == 1 and "would all stay exact: give more than 12" in " ".join(refused.stderr.split())
     assert "held_out" not in calibrated(million(*run, "--held-out", 0, "--out", tmp_path / "none"), tmp_path / "none")
     text.write_text(shipped_text("calibration")[:5000])
     result = million(*run, "--out", tmp_path / "short")

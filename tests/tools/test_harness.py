@@ -33,6 +33,9 @@ doc_to_text: "{{{{text}}}}"
 doc_to_target: "{{{{choices[answer]}}}}"
 generation_kwargs: {{max_gen_toks: 8, until: ["@@"], do_sample: false}}
 metric_list: [{{metric: exact_match}}]
+filter_list:
+  - {{name: all, filter: [{{function: take_first}}]}}
+  - {{name: first, filter: [{{function: regex, regex_pattern: "(.)"}}, {{function: take_first}}]}}
 """
 
 
@@ -93,7 +96,10 @@ def test_the_command_writes_a_table(million, model_dir, books_dir, tasks_dir, tm
     found = json.loads((tmp_path / "scores.json").read_text())
     assert found["codebooks"]["tiny-1bit"]["config"]["recent_tokens"] == 1024
     values = {(row["task"], row["metric"], row["cache"]): row["value"] for row in found["rows"]}
-    assert {task for task, _, _ in values} == {"choose", "continue"}
+    assert {cache for _, _, cache in values} == {"dense", "tiny-1bit"}
+    assert {(task, metric) for task, metric, _ in values} == {
+        ("choose", "acc"), ("continue", "exact_match,all"), ("continue", "exact_match,first"),
+    }  # fmt: skip
     for (task, metric, cache), value in values.items():
         assert value == values[task, metric, "dense"], cache  # all of it lies in the window
     assert "| choose | acc | " in (tmp_path / "scores.md").read_text()

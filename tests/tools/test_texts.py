@@ -33,9 +33,20 @@ def test_one_file_stays_as_it_is(files):
 
 
 def test_several_come_in_turns_and_whole(files):
-    name, text = read_texts(files, 10)
+    name, text = read_texts(files, 10**6)
     assert name == " + ".join(files)
     assert text == "\n".join(["a" * PIECE, "b" * PIECE, "a" * PIECE, "a" * 5])
+
+
+def test_all_sources_are_among_the_first_tokens(files):
+    _, text = read_texts(files, 16 * 100)  # 100 tokens
+    assert set(text[:100]) == {"a", "b", "\n"}
+
+
+def test_rows_without_text_are_left_out(tmp_path):
+    rows = [{"text": "one", "url": "u"}, {"text": None, "url": "u"}, {"text": "three", "url": "u"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert read_dataset(str(tmp_path), 100) == "one\nthree"
 
 
 def test_a_dataset_is_read_as_far_as_wanted(dataset):
