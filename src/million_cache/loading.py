@@ -340,11 +340,8 @@ def read_dataset(spec: str, characters: int) -> str:
             size += len(parts[-1]) + 1
             if size >= characters:
                 break
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # what `datasets` raises for names, configurations and connections alike
+    # What `datasets` raises for names, configurations and connections alike.
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot read dataset:{spec}: {error}") from error
     if not parts:
         raise UserError(f"dataset:{spec} has no column of text among {', '.join(seen)}")
