@@ -267,8 +267,8 @@ def evaluate(
         from million_cache.loading import atomic_path
         from million_cache.programs import evaluate_text, load_codebooks, result_table
 
-        if json_out and not json_out.parent.is_dir():
-            raise ValueError(f"cannot write {json_out}: there is no directory {json_out.parent}")
+        if json_out:
+            _check_writable(json_out)
         if record and not Path(codebooks).expanduser().is_dir():
             raise ValueError(f"cannot record the result with the codebooks: {codebooks} is not a directory")
         books = load_codebooks(codebooks)
@@ -325,8 +325,7 @@ def tasks(
     with mistakes():
         from million_cache.programs import evaluate_tasks, tasks_table
 
-        if not out.parent.is_dir():
-            raise ValueError(f"cannot write {out}: there is no directory {out.parent}")
+        _check_writable(out)
         books = _named_codebooks(codebooks)
         loaded, tokenizer = _load(model, device, dtype)
         given = {"tasks": task, "lengths": length, "depths": depth}
@@ -369,8 +368,7 @@ def harness(
 ) -> None:
     """Tasks of lm-evaluation-harness through the decode path, beside the dense cache (needs `pip install "million[harness]"`)."""
     with mistakes():
-        if not out.parent.is_dir():
-            raise ValueError(f"cannot write {out}: there is no directory {out.parent}")
+        _check_writable(out)
         try:
             from million_cache.harness import run_harness
         except ModuleNotFoundError as error:
@@ -420,8 +418,7 @@ def compare(
         from million_cache.peers.compare import WINDOWS
         from million_cache.peers.compare import compare as run_comparison
 
-        if not out.parent.is_dir():
-            raise ValueError(f"cannot write {out}: there is no directory {out.parent}")
+        _check_writable(out)
         named = _named_codebooks([] if codebooks == ["none"] else codebooks or ())
         books = [(f"million {name}", x) for name, x in named.items()]
         loaded, tokenizer = _load(model, device, dtype)
@@ -475,6 +472,12 @@ def inspect(
         if plot:
             report.plot(books, plot)
             err.print(f"Wrote {plot}.")
+
+
+def _check_writable(out: Path) -> None:
+    """Before any work. Raises ValueError if there is no directory to write ``out`` into."""
+    if not out.parent.is_dir():
+        raise ValueError(f"cannot write {out}: there is no directory {out.parent}")
 
 
 def _named_codebooks(sources: Iterable[str]) -> dict[str, Any]:

@@ -8,8 +8,6 @@ is generated follows an exact prefill, as for users.
 from __future__ import annotations
 
 import itertools
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from million_cache.attention import disable, enable
 from million_cache.cache import MillionStaticCache
 from million_cache.codebook import Codebooks
-from million_cache.evaluate import CHUNK, with_window
-from million_cache.loading import UserError, atomic_path
+from million_cache.evaluate import CHUNK
+from million_cache.loading import UserError
 from million_cache.models import cache_argument, fingerprint
+from million_cache.programs import described, versions, write_results
 from million_cache.state import refuse_other_model
 
 
@@ -144,16 +143,11 @@ def run_harness(
         "device": model.device.type,
         "few_shot": few_shot,
         "limit": limit,
-        "codebooks": {
-            title: {"config": with_window(x.config, recent_tokens, sink_tokens).to_dict(), "calibration": x.provenance}
-            for title, x in codebooks.items()
-        },
-        "versions": {"lm_eval": lm_eval.__version__, "torch": torch.__version__},
+        "codebooks": described(codebooks, recent_tokens, sink_tokens),
+        "versions": versions() | {"lm_eval": lm_eval.__version__},
         "rows": rows,
     }
-    for suffix, content in (("json", json.dumps(result, indent=1) + os.linesep), ("md", harness_markdown(result))):
-        with atomic_path(out.with_name(f"{out.name}.{suffix}")) as partial:
-            partial.write_text(content, encoding="utf-8")
+    write_results(out, result, harness_markdown(result))
     return result
 
 

@@ -363,20 +363,12 @@ def evaluate_tasks(
         "text_sha256": _sha256(text[1]),
         "seed": seed,
         "samples": samples,
-        "codebooks": {
-            title: {
-                "config": with_window(books.config, recent_tokens, sink_tokens).to_dict(),
-                "calibration": books.provenance,
-            }
-            for title, books in codebooks.items()
-        },
+        "codebooks": described(codebooks, recent_tokens, sink_tokens),
         "versions": versions(),
         **tables,
         "rows": rows,
     }
-    for suffix, content in (("json", json.dumps(result, indent=1) + os.linesep), ("md", tasks_markdown(result))):
-        with atomic_path(out.with_name(f"{out.name}.{suffix}")) as partial:
-            partial.write_text(content, encoding="utf-8")
+    write_results(out, result, tasks_markdown(result))
     return result
 
 
@@ -462,6 +454,21 @@ def versions() -> dict[str, str]:
 def megabytes(count: int) -> str:
     """Bytes in units of 10^6."""
     return f"{count / 1e6:.2f} MB"
+
+
+def described(codebooks: dict[str, Codebooks], recent_tokens: int | None, sink_tokens: int | None) -> dict[str, Any]:
+    """What results say of codebooks, by name: the configuration they ran with, and their provenance."""
+    return {
+        title: {"config": with_window(x.config, recent_tokens, sink_tokens).to_dict(), "calibration": x.provenance}
+        for title, x in codebooks.items()
+    }
+
+
+def write_results(out: Path, result: dict[str, Any], markdown: str) -> None:
+    """``out`` with the suffixes json and md, each whole or not at all."""
+    for suffix, content in (("json", json.dumps(result, indent=1) + os.linesep), ("md", markdown)):
+        with atomic_path(out.with_name(f"{out.name}.{suffix}")) as partial:
+            partial.write_text(content, encoding="utf-8")
 
 
 def _sha256(text: str) -> str:
