@@ -92,15 +92,17 @@ struct Block : RowBlock {
   static constexpr bool in_two() { return by_bulk<K>() && K::kCopies > 1; }
   static constexpr bool begins_early() { return in_two() && S::Rows <= 4; }
 
-  // Bulk copies come in the order in which they are needed: T^-1 and keys' first table by warp 0 before anything else
-  // is known, then, over T^-1, values' table and keys' second copy by a thread of the warps for values.
+  // Bulk copies come in the order in which they are needed: T^-1 and keys' first table by thread 0 before anything
+  // else, then, over T^-1, values' table and keys' second copy by a thread of the warps for values.
   __device__ void copy_page(uint64_t* barrier, const __half* codebook, char* to) const {
     barrier_expect(barrier, kPage);
     bulk_copy(to, codebook, kPage, barrier);
   }
   __device__ void start_first() const {
+    barrier_init(&scratch.k_table, arrivals<K>());
+    barrier_init(&scratch.inverse, 1);
+    bulk_fence();
 #if __CUDA_ARCH__ >= 900
-    if (threadIdx.x != 0) return;
     if (layer.transform != nullptr) {
       constexpr int kBytes = S::D * S::D;  // of a quarter, fp32
       const float* from = layer.transform + int64_t(h) * kBytes;
@@ -150,17 +152,15 @@ struct Block : RowBlock {
     }
   }
 
-  // By the warps for scores.
+  // The other barriers, by the warps for scores.
   __device__ void init_barriers() const {
     if (lane != 0) return;
 #pragma unroll
     for (int i = 0; i < 2; i++)
       barrier_init(&scratch.full[warp][i], kArrivals), barrier_init(&scratch.empty[warp][i], kArrivals);
     if (warp == 0) {
-      barrier_init(&scratch.k_table, arrivals<K>());
       barrier_init(&scratch.v_table, arrivals<V>());
       barrier_init(&scratch.k_more, 1);
-      barrier_init(&scratch.inverse, 1);
       barrier_init(&scratch.parts, 1);
       barrier_init(&scratch.queries, S::kHalf);
     }
@@ -308,7 +308,8 @@ struct Block : RowBlock {
     uint32_t rounded[S::D / 16][kUnits][2], rest[S::D / 16][kUnits][2];
   };
   __device__ int unit(int u) const { return warp - S::kPairs + u * S::kPairs; }
-  // The depths of a product are the rows of T^-1 in the order `depth_of`.
+  // When all have theirs, what comes next may lie over it. The depths of a product are the rows of T^-1 in the order
+  // `depth_of`.
   __device__ void take_inverse(Inverse& to) const {
     if (layer.transform == nullptr) return;
 #if __CUDA_ARCH__ >= 900
@@ -375,7 +376,8 @@ struct Block : RowBlock {
 
   // q_f = T^-T R(-t_f) q of the block's frames. A product with T^-1 on tensor cores, both factors as sums of two fp16
   // numbers, of 16 rows: kFrames frames x the block's query rows. Blocks that share a frame write the same.
-  __device__ void prepare(const Frames& frames, const Prepared& to, const Inverse& inverse) const {
+  __device__ void prepare(const Frames& frames, const Prepared& to) const {
+    Inverse inverse;
     const int half = layer.inv_freq ? int(layer.half) : 0, thread = threadIdx.x - S::kHalf;
     const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(S::kHalf) : "memory"); };  // the warps for values
     // Where the lane's two rows of a product go: [subspace][row & 1][pair of channels][row / 2 of the four].
@@ -410,7 +412,9 @@ struct Block : RowBlock {
           split(y * by.x + x * by.y, scratch.turned[0][row + k][depth2], scratch.turned[1][row + k][depth2]);
         }
       }
+      if (frame0 == frames.begin) take_inverse(inverse);
       sync();
+      if (frame0 == frames.begin) start_second();
       float y[kUnits][4] = {}, more[kUnits][4] = {};
       if (layer.transform != nullptr) {
 #pragma unroll
@@ -448,6 +452,11 @@ struct Block : RowBlock {
         }
         at[i] += 2 * S::kFrames * to.stride;
       }
+    }
+    if (frames.begin >= frames.end) {
+      take_inverse(inverse);
+      sync();
+      start_second();
     }
   }
 
@@ -1043,26 +1052,20 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   const bool scores = block.warp < S::kPairs;
   const int pair = scores ? block.warp : block.warp - S::kPairs;
   using K = typename S::K;
-  typename Block<S>::Inverse inverse;
-  typename Block<S>::Asked asked;
+  if (threadIdx.x == 0) block.start_first();
   if (scores) {
+    typename Block<S>::Asked asked;
     block.ask_query(block.first_row(), asked);
     block.init_barriers();
-    block.start_first();
+    if (a.clusters && threadIdx.x == 0) block.expect_parts();
+    block.describe();
+    block.load_queries(asked);
   } else {
     const int i = threadIdx.x - S::kHalf;
     if (a.layer.inv_freq != nullptr && i < a.layer.half) block.scratch.frequencies[i] = __ldg(a.layer.inv_freq + i);
     if (i < S::Rows * kTile / 8) reinterpret_cast<uint4*>(block.scratch.zeros)[i] = uint4{};
   }
-  __syncthreads();  // barriers are there
-  if (scores) {
-    if (a.clusters && threadIdx.x == 0) block.expect_parts();
-    block.describe();
-    block.load_queries(asked);
-  } else {
-    block.take_inverse(inverse);
-  }
-  __syncthreads();  // what warps share is known, and T^-1 in registers
+  __syncthreads();
   const Frames frames = block.scratch.frames;
   const typename Block<S>::Prepared prepared = block.prepared(frames);
   float* numerators = reinterpret_cast<float*>(shared);  // [kPairs][4 rotations][Rows][D], after the tables
@@ -1073,9 +1076,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
     block.score(pair, prepared);
     __syncthreads();
   } else {
-    block.start_second();
     block.prefetch_exact(pair);
-    block.prepare(frames, prepared, inverse);
+    block.prepare(frames, prepared);
     barrier_arrive(&block.scratch.queries);
     if (a.clusters) cluster_arrive();
     block.prefetch_first();
