@@ -88,38 +88,54 @@ struct Block : RowBlock {
   static __device__ int arrivals() {
     return by_bulk<Table>() ? 1 : S::kHalf;
   }
-  // Whether keys' table comes in two, and is used before its second copy is there (registers allow it).
+  // Whether keys' table comes in two.
   static constexpr bool in_two() { return by_bulk<K>() && K::kCopies > 1; }
-  static constexpr bool begins_early() { return in_two() && S::Rows <= 4; }
 
-  // Bulk copies come in the order in which they are needed: T^-1 and keys' first table by thread 0 before anything
-  // else, then, over T^-1, values' table and keys' second copy by a thread of the warps for values.
+  // Bulk copies come in the order in which they are needed: T^-1 and keys' first table before anything else, then, over
+  // T^-1, values' table and keys' second copy. Each by one thread of the warps for values.
   __device__ void copy_page(uint64_t* barrier, const __half* codebook, char* to) const {
     barrier_expect(barrier, kPage);
     bulk_copy(to, codebook, kPage, barrier);
   }
+  // The blocks of a cluster have the same head: on sm_90a each brings a part of what all need first.
+  __device__ bool shares_copies() const {
+#if __CUDA_ARCH__ == 900
+    return a.clusters;
+#else
+    return false;
+#endif
+  }
+  __device__ void copy_shared(uint64_t* barrier, const char* from, char* to, int bytes, int part) const {
+    if (!shares_copies()) {
+      bulk_copy(to, from, bytes, barrier);
+    } else {
+      const int begin = min(int(blockIdx.x) * part, bytes), count = min(part, bytes - begin);
+      if (count > 0) bulk_copy_to_cluster(to + begin, from + begin, count, barrier, a.splits);
+    }
+  }
   __device__ void start_first() const {
-    barrier_init(&scratch.k_table, arrivals<K>());
-    barrier_init(&scratch.inverse, 1);
-    bulk_fence();
 #if __CUDA_ARCH__ >= 900
+    constexpr int kBytes = S::D * S::D;  // of a quarter of T^-1, fp32
     if (layer.transform != nullptr) {
-      constexpr int kBytes = S::D * S::D;  // of a quarter, fp32
-      const float* from = layer.transform + int64_t(h) * kBytes;
+      const char* from = reinterpret_cast<const char*>(layer.transform + int64_t(h) * kBytes);
       barrier_expect(&scratch.inverse, 4 * kBytes);
 #pragma unroll 1
       for (int i = 0; i < 4; i++)
-        bulk_copy(shared + S::kInverse + i * S::kQuarter, from + i * (kBytes / 4), kBytes, &scratch.inverse);
+        copy_shared(&scratch.inverse, from + i * kBytes, shared + S::kInverse + i * S::kQuarter, kBytes,
+                    a.inverse_part);
     }
-    if constexpr (by_bulk<K>()) copy_page(&scratch.k_table, codebook(layer.k), shared);
+    if constexpr (by_bulk<K>()) {
+      barrier_expect(&scratch.k_table, kPage);
+      copy_shared(&scratch.k_table, reinterpret_cast<const char*>(codebook(layer.k)), shared, kPage, a.page_part);
+    }
 #endif
   }
   __device__ void start_second() const {
     if constexpr (by_bulk<V>() || in_two()) {
-      if (threadIdx.x == S::kHalf) {
+      if (threadIdx.x == S::kThreads - kWarp) {  // of the warp that rotates least
         bulk_fence();
-        if constexpr (by_bulk<V>()) copy_page(&scratch.v_table, codebook(layer.v), shared + S::kValueTable);
         if constexpr (in_two()) copy_page(&scratch.k_more, codebook(layer.k), shared + kPage + K::kMove);
+        if constexpr (by_bulk<V>()) copy_page(&scratch.v_table, codebook(layer.v), shared + S::kValueTable);
       }
     }
     load_table<V>(codebook(layer.v), shared + S::kValueTable, &scratch.v_table);
@@ -152,64 +168,84 @@ struct Block : RowBlock {
     }
   }
 
-  // The other barriers, by the warps for scores.
-  __device__ void init_barriers() const {
-    if (lane != 0) return;
+  // Barriers within the block: 0 is __syncthreads.
+  enum Named { kValues = 1, kReady, kScores, kTurnedFree, kTurnedFull = kTurnedFree + 2 };
+
+  static __device__ void init_barriers(Scratch<S>& scratch) {
+    if (threadIdx.x < S::kPairs) {
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-      barrier_init(&scratch.full[warp][i], kArrivals), barrier_init(&scratch.empty[warp][i], kArrivals);
-    if (warp == 0) {
+      for (int i = 0; i < 2; i++) {
+        barrier_init(&scratch.full[threadIdx.x][i], kArrivals);
+        barrier_init(&scratch.empty[threadIdx.x][i], kArrivals);
+      }
+    } else if (threadIdx.x == kWarp) {
+      barrier_init(&scratch.queries, S::kHalf);
+    } else if (threadIdx.x == S::kHalf) {  // those that are told by copies or by other blocks
+      barrier_init(&scratch.k_table, arrivals<K>());
       barrier_init(&scratch.v_table, arrivals<V>());
+      barrier_init(&scratch.inverse, 1);
       barrier_init(&scratch.k_more, 1);
       barrier_init(&scratch.parts, 1);
-      barrier_init(&scratch.queries, S::kHalf);
+      bulk_fence();
+      barriers_to_cluster();
     }
-    bulk_fence();
   }
 
   // Pairs of channels of the result that this block of a cluster merges.
-  __device__ int share() const { return (rows * S::kLine + a.splits - 1) / a.splits; }
-  __device__ int share_begin() const { return min(int(blockIdx.x) * share(), rows * S::kLine); }
-  __device__ int share_end() const { return min(share_begin() + share(), rows * S::kLine); }
+  __device__ int share_begin() const { return min(int(blockIdx.x) * a.share, rows * S::kLine); }
+  __device__ int share_end() const { return min(share_begin() + a.share, rows * S::kLine); }
 
-  // By one thread, before others of the cluster send their parts.
+  // By one thread.
   __device__ void expect_parts() const {
     barrier_expect(&scratch.parts, (share_end() - share_begin()) * a.splits * sizeof(float4));
-    barriers_to_cluster();
   }
 
-  // Which tokens the block reads, and how they are shared out; computed once, by the second warp.
-  __device__ void describe() const {
-    if (warp != 1 || lane > S::kPairs) return;
-    const int origin = layer.inv_freq != nullptr ? layer.origin[b] : 0;
+  // Asked for early.
+  __device__ int ask_origin() const {
+    return warp == S::kPairs - 1 && layer.inv_freq != nullptr ? __ldcg(layer.origin + b) : 0;
+  }
+
+  // Which tokens the block reads, and how they are shared out; computed once, by the last warp for scores. Lanes divide
+  // at the same time: one after the other the divisions would take a thousand cycles.
+  __device__ void describe(int origin) const {
+    if (warp != S::kPairs - 1) return;
+    const auto from_lane = [](int x, int lane) { return __shfl_sync(~0u, x, lane); };
     const int at = slot_index(first), oldest = slot_index(max(ring_begin(), int64_t(0)));
-    const int ring = max(min(at - oldest, int(layer.R)), 0), sinks = int(layer.N);
-    const Exact exact = {sinks + ring + int(layer.n),          sinks, ring, oldest,
-                         ring > 0 ? oldest % int(layer.R) : 0, at,    start};
+    const int ring = max(min(at - oldest, int(layer.R)), 0), sinks = int(layer.N), exact = sinks + ring + int(layer.n);
     const Range seen = range();
     // Tiles of 64 slots: there are at most 2^24, and splits fewer than 2^8.
     const uint32_t tile0 = max(seen.begin, 0) / kTile, all = max((seen.end + kTile - 1) / kTile - int(tile0), 0);
-    const int begin = all * blockIdx.x / a.splits, end = all * (blockIdx.x + 1) / a.splits;
+    const int groups = (exact + kGroup - 1) / kGroup, split = int(blockIdx.x), splits = a.splits;
+    const uint32_t first_quotient = (lane == 0   ? all * split
+                                     : lane == 1 ? all * (split + 1)
+                                     : lane == 2 ? uint32_t(max(groups - split + splits - 1, 0))
+                                                 : uint32_t(oldest)) /
+                                    uint32_t(lane < 3 ? splits : max(int(layer.R), 1));
+    const int begin = from_lane(first_quotient, 0), end = from_lane(first_quotient, 1);
+    const int mine = from_lane(first_quotient, 2), turns = from_lane(first_quotient, 3);
     // Pairs with exact tokens get fewer tiles: the first `more` pairs have a group more than the others.
-    const int groups = (exact.tokens + kGroup - 1) / kGroup;
-    const int tiles = end - begin, mine = max(groups - int(blockIdx.x) + a.splits - 1, 0) / a.splits;
-    const int more = mine % S::kPairs, rest = S::kPairs - more;
+    const int tiles = end - begin, more = mine % S::kPairs, rest = S::kPairs - more;
     const int few = max((tiles + kGroupTiles * mine) / S::kPairs - kGroupTiles * (mine / S::kPairs + 1), 0);
-    scratch.bounds[lane] =
-        int(tile0) + begin + min(lane, more) * few + (tiles - more * few) * max(lane - more, 0) / rest;
+    const int first = (int(tile0) + begin) * kTile, last = (int(tile0) + end) * kTile - 1;
+    const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
+    const uint32_t quotient = uint32_t(lane <= S::kPairs       ? (tiles - more * few) * max(lane - more, 0)
+                                       : lane == S::kPairs + 1 ? first
+                                                               : max(last, 0)) /
+                              uint32_t(lane <= S::kPairs ? rest : tokens);
+    const int first_frame = from_lane(quotient, S::kPairs + 1), last_frame = from_lane(quotient, S::kPairs + 2);
+    if (lane <= S::kPairs) scratch.bounds[lane] = int(tile0) + begin + min(lane, more) * few + int(quotient);
     if (lane == 0) {
       constexpr int kToken = S::D * 2;  // bytes
-      scratch.exact = exact, scratch.seen = seen;
+      scratch.exact = {exact, sinks, ring, oldest, ring > 0 ? oldest - turns * int(layer.R) : 0, at, start};
+      scratch.seen = seen;
       const int64_t sink0 = head() * sinks * kToken, ring0 = head() * layer.R * kToken;
       scratch.places[0] = {layer.k_sinks + sink0, layer.v_sinks + sink0, kToken, kToken};
       scratch.places[1] = {layer.k_ring + ring0, layer.v_ring + ring0, kToken, kToken};
       scratch.places[2] = {layer.k_new.at(b, h, 0), layer.v_new.at(b, h, 0), layer.k_new.token, layer.v_new.token};
       scratch.origin = origin;
-      const int first = (int(tile0) + begin) * kTile, last = (int(tile0) + end) * kTile - 1;
-      const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
       scratch.frames = first > last                ? Frames{0, 0}
                        : layer.inv_freq == nullptr ? Frames{0, 1}
-                                                   : Frames{first / tokens, min(last / tokens + 1, a.frames)};
+                                                   : Frames{first_frame, min(last_frame + 1, a.frames)};
     }
   }
 
@@ -308,8 +344,7 @@ struct Block : RowBlock {
     uint32_t rounded[S::D / 16][kUnits][2], rest[S::D / 16][kUnits][2];
   };
   __device__ int unit(int u) const { return warp - S::kPairs + u * S::kPairs; }
-  // When all have theirs, what comes next may lie over it. The depths of a product are the rows of T^-1 in the order
-  // `depth_of`.
+  // The depths of a product are the rows of T^-1 in the order `depth_of`.
   __device__ void take_inverse(Inverse& to) const {
     if (layer.transform == nullptr) return;
 #if __CUDA_ARCH__ >= 900
@@ -335,10 +370,11 @@ struct Block : RowBlock {
   }
 
   // The block's queries, divided by a power of two so that fp16 neither overflows nor loses small ones, and where they
-  // are. A warp a row, the first two warps do other things. `asked`: the warp's first row, asked for early.
+  // are. A warp a row, from the last but one down: the last describes, the first have exact tokens. `asked`: the warp's
+  // first row, asked for early.
   static constexpr int kQueryWords = (S::kLine + kWarp - 1) / kWarp;
   using Asked = uint32_t[kQueryWords];
-  __device__ int first_row() const { return (warp + S::kPairs - 2) % S::kPairs; }
+  __device__ int first_row() const { return (2 * S::kPairs - 2 - warp) % S::kPairs; }
   __device__ void ask_query(int r, Asked& to) const {
     const uint32_t* from = reinterpret_cast<const uint32_t*>(query_row(min(r, rows - 1)));
 #pragma unroll
@@ -374,12 +410,58 @@ struct Block : RowBlock {
     }
   }
 
-  // q_f = T^-T R(-t_f) q of the block's frames. A product with T^-1 on tensor cores, both factors as sums of two fp16
-  // numbers, of 16 rows: kFrames frames x the block's query rows. Blocks that share a frame write the same.
-  __device__ void prepare(const Frames& frames, const Prepared& to) const {
-    Inverse inverse;
-    const int half = layer.inv_freq ? int(layer.half) : 0, thread = threadIdx.x - S::kHalf;
-    const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(S::kHalf) : "memory"); };  // the warps for values
+  // Products with T^-1 that prepare the queries of these frames.
+  static __device__ int products(const Frames& frames) {
+    return (frames.end - frames.begin + S::kFrames - 1) / S::kFrames;
+  }
+
+  // R(-t_f) q for the rows of a product, kFrames frames x the block's query rows, in fp16: a model's own rotation
+  // rounds no less. By one half of the block, `thread` of kHalf; `items`: pairs of channels of two rows, of frames that
+  // are there.
+  __device__ void rotate(int frame0, int items, __half (&to)[16][S::D + 8], int thread) const {
+    const int half = layer.inv_freq ? int(layer.half) : 0, tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
+#pragma unroll 1
+    for (int i = thread; i < items; i += S::kHalf) rotate_pair(frame0, i, half, tokens, to);
+  }
+  // A pair of channels of two rows.
+  __device__ __forceinline__ void rotate_pair(int frame0, int i, int half, int tokens,
+                                              __half (&to)[16][S::D + 8]) const {
+    const int row = i / S::kLine * 2, pair = i % S::kLine;
+    const bool apart = pair < half && !layer.interleaved;
+    const int first = apart ? pair : 2 * pair, second = apart ? pair + half : 2 * pair + 1;
+    const int depth = depth_of(first), depth2 = depth_of(second);
+    const int position = (frame0 + row / S::Rows) * tokens + scratch.origin;
+    const float2 turn = turn_of(-static_cast<float>(position) * scratch.frequencies[pair]);
+    const float2 by = pair < half ? turn : float2{1.f, 0.f};
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const float x = scratch.query[row % S::Rows + k][first], y = scratch.query[row % S::Rows + k][second];
+      to[row + k][depth] = __float2half_rn(x * by.x - y * by.y);
+      to[row + k][depth2] = __float2half_rn(y * by.x + x * by.y);
+    }
+  }
+
+  // The warps for scores rotate for all products but the first, one ahead of those that multiply.
+  __device__ void help_prepare(const Frames& frames) const {
+    constexpr int kItems = 8 * S::kLine;
+    const int count = products(frames), half = layer.inv_freq ? int(layer.half) : 0;
+    const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
+#pragma unroll 1
+    for (int i = 1; i < count; i++) {
+      named_sync(kTurnedFree + (i & 1), S::kThreads);
+#pragma unroll
+      for (int round = 0; round < (kItems + S::kHalf - 1) / S::kHalf; round++)  // the last ones are done twice
+        rotate_pair(frames.begin + i * S::kFrames, min(int(threadIdx.x) + round * S::kHalf, kItems - 1), half, tokens,
+                    scratch.turned[i & 1]);
+      named_arrive(kTurnedFull + (i & 1), S::kThreads);
+    }
+  }
+
+  // q_f = T^-T R(-t_f) q of the block's frames: products on tensor cores, T^-1 as a sum of two fp16 numbers. By the
+  // warps for values. Blocks that share a frame write the same.
+  __device__ void prepare(const Frames& frames, const Prepared& to, const Inverse& inverse) const {
+    const int count = products(frames);
+    if (count > 1) named_arrive(kTurnedFree + 1, S::kThreads);
     // Where the lane's two rows of a product go: [subspace][row & 1][pair of channels][row / 2 of the four].
     __half2* at[2];
     int frame[2];
@@ -392,54 +474,35 @@ struct Block : RowBlock {
               ((channel / S::KD * 2 + (r & 1)) * (S::KD / 2) + channel % S::KD / 2) * 2 + (r >> 1 & 1);
     }
 #pragma unroll 1
-    for (int frame0 = frames.begin; frame0 < frames.end; frame0 += S::kFrames) {
-      if (frame0 > frames.begin) sync();  // the product before is done
-#pragma unroll 1
-      for (int i = thread; i < 8 * S::kLine; i += S::kHalf) {  // a pair of channels of two rows
-        const int row = i / S::kLine * 2, pair = i % S::kLine;
-        const bool apart = pair < half && !layer.interleaved;
-        const int first = apart ? pair : 2 * pair, second = apart ? pair + half : 2 * pair + 1;
-        const int depth = depth_of(first), depth2 = depth_of(second);
-        float2 by = {1.f, 0.f};
-        if (pair < half) {
-          const int64_t position = (frame0 + row / S::Rows) * layer.frame_tokens + scratch.origin;
-          by = turn_of(-static_cast<float>(position) * scratch.frequencies[pair]);
-        }
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-          const float x = scratch.query[row % S::Rows + k][first], y = scratch.query[row % S::Rows + k][second];
-          split(x * by.x - y * by.y, scratch.turned[0][row + k][depth], scratch.turned[1][row + k][depth]);
-          split(y * by.x + x * by.y, scratch.turned[0][row + k][depth2], scratch.turned[1][row + k][depth2]);
-        }
+    for (int product = 0; product < count; product++) {
+      const __half(&turned)[16][S::D + 8] = scratch.turned[product & 1];
+      if (product == 0) {
+        rotate(frames.begin, min(frames.end - frames.begin, S::kFrames) * (S::Rows / 2 * S::kLine), scratch.turned[0],
+               threadIdx.x - S::kHalf);
+        named_sync(kValues, S::kHalf);
+      } else {
+        named_sync(kTurnedFull + (product & 1), S::kThreads);
       }
-      if (frame0 == frames.begin) take_inverse(inverse);
-      sync();
-      if (frame0 == frames.begin) start_second();
       float y[kUnits][4] = {}, more[kUnits][4] = {};
       if (layer.transform != nullptr) {
 #pragma unroll
         for (int step = 0; step < S::D / 16; step++) {
-          uint32_t left[2][4];
-#pragma unroll
-          for (int part = 0; part < 2; part++)
-            load_operand(&scratch.turned[part][lane & 15][16 * step + (lane >> 4) * 8], left[part]);
+          uint32_t left[4];
+          load_operand(&turned[lane & 15][16 * step + (lane >> 4) * 8], left);
 #pragma unroll
           for (int u = 0; u < kUnits; u++) {
-            mma_dense(more[u], left[1], inverse.rounded[step][u][0], inverse.rounded[step][u][1]);
-            mma_dense(y[u], left[0], inverse.rounded[step][u][0], inverse.rounded[step][u][1]);
-            mma_dense(more[u], left[0], inverse.rest[step][u][0], inverse.rest[step][u][1]);
+            mma_dense(more[u], left, inverse.rest[step][u][0], inverse.rest[step][u][1]);
+            mma_dense(y[u], left, inverse.rounded[step][u][0], inverse.rounded[step][u][1]);
           }
         }
       } else {
 #pragma unroll
         for (int u = 0; u < kUnits; u++)
 #pragma unroll
-          for (int e = 0; e < 4; e++) {
-            const int row = n + e / 2 * 8, depth = depth_of(min(8 * unit(u), S::D - 8) + 2 * c + e % 2);
-            y[u][e] = __half2float(scratch.turned[0][row][depth]);
-            more[u][e] = __half2float(scratch.turned[1][row][depth]);
-          }
+          for (int e = 0; e < 4; e++)
+            y[u][e] = __half2float(turned[n + e / 2 * 8][depth_of(min(8 * unit(u), S::D - 8) + 2 * c + e % 2)]);
       }
+      if (product + 2 < count) named_arrive(kTurnedFree + (product & 1), S::kThreads);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         if (frame[i] < frames.end) {
@@ -452,11 +515,6 @@ struct Block : RowBlock {
         }
         at[i] += 2 * S::kFrames * to.stride;
       }
-    }
-    if (frames.begin >= frames.end) {
-      take_inverse(inverse);
-      sync();
-      start_second();
     }
   }
 
@@ -476,12 +534,12 @@ struct Block : RowBlock {
   // The lane's part of the A operands: of the query as the model gave it,
   __device__ void load_raw_query(Query& q) const {
     const int r = n & 3, rh = n >> 2;
-    const uint32_t sign = a.scale < 0.f ? 0x80008000u : 0u;  // so that a larger score is a larger product
 #pragma unroll
     for (int qt = 0; qt < S::kTiles; qt++)
 #pragma unroll
-      for (int i = 0; i < S::kHalves; i++) {
+      for (int i = 0; i < 2; i++) {
         const int row = 4 * qt + rh + 2 * i;
+        const bool there = i < S::kHalves && row < rows;
         const uint32_t* from = reinterpret_cast<const uint32_t*>(query_row(min(row, rows - 1))) + c * (S::KD / 2);
 #pragma unroll
         for (int step = 0; step < K::kSteps; step++) {
@@ -489,12 +547,15 @@ struct Block : RowBlock {
 #pragma unroll
           for (int sub = 0; sub < S::KD / 2; sub++) {
             const int u = step * (S::KD / 2) + sub;
-            const uint32_t x = to_half2(__ldcg(from + mine * 2 * S::KD + sub), layer.dtype) ^ sign;
-            q[qt][u / 2][u % 2 * 2 + i] = row < rows ? x : 0u;
-            if (S::kHalves == 1) q[qt][u / 2][u % 2 * 2 + 1] = 0u;
+            q[qt][u / 2][u % 2 * 2 + i] = there ? __ldcg(from + mine * 2 * S::KD + sub) : 0u;
           }
         }
       }
+    to_half<int(sizeof(Query) / 4)>(&q[0][0][0], layer.dtype);
+    if (a.scale < 0.f) {  // so that a larger score is a larger product
+#pragma unroll
+      for (int i = 0; i < int(sizeof(Query) / 4); i++) (&q[0][0][0])[i] ^= 0x80008000u;
+    }
   }
 
   // and of a frame, prepared.
@@ -516,6 +577,13 @@ struct Block : RowBlock {
         }
       }
     }
+  }
+
+  // Of a later frame, to the L1 cache.
+  __device__ void prefetch_query(int frame, const Prepared& prepared) const {
+    if (lane < S::kTiles * S::D / 16 && frame < scratch.frames.end && prepared.at != &scratch.prepared[0][0][0])
+      asm volatile("prefetch.global.L1 [%0];" ::"l"(prepared.at + int64_t(frame - prepared.frame) * prepared.stride +
+                                                    lane * 16));
   }
 
   // Waits for the loads of a query here: else the first instruction of every tile that uses it might wait, and with it
@@ -621,16 +689,26 @@ struct Block : RowBlock {
   // Scores of 16 exact tokens, as token 4 i of a tile that has no others.
   __device__ void exact_scores(int group, const Query& q, float (&s)[S::kLaneRows][4]) const {
     const Token mine = token(group * kGroup + (lane & 15));
+    // To the L2 cache: what the other warp of the pair asks for next.
+    if (lane < 16 || S::D > 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(mine.v + (lane >> 4) * 128));
     const char* keys[2];
 #pragma unroll
     for (int half = 0; half < 2; half++)
       keys[half] = from_lane(mine.k, 4 * (2 * (half ^ (n >> 1 & 1)) + (n & 1)) + (n >> 1)) + c * S::KD * 2;
+    uint32_t channels[K::kSteps][2][S::KD / 2];
+    static_for<K::kSteps>([&](auto step_) {
+      static_for<2>([&](auto half_) {
+        constexpr int step = decltype(step_)::value, half = decltype(half_)::value;
+        constexpr Group at = group_of(K::kSteps, step);
+        constexpr int x = (step - at.first) ^ (2 * half & (at.width - 1));
+        load_exact(keys[half] + (at.first + (x ^ (n & (at.width - 1)))) * (8 * S::KD), channels[step][half]);
+      });
+    });
+    to_half<K::kSteps * S::KD>(&channels[0][0][0], layer.dtype);
     float acc[1][2][S::kTiles][4] = {};
     multiply<1>(q, acc, [&](auto step_, auto, auto half_, auto& out) {
-      constexpr int step = decltype(step_)::value, half = decltype(half_)::value;
-      constexpr Group at = group_of(K::kSteps, step);
-      constexpr int x = (step - at.first) ^ (2 * half & (at.width - 1));
-      load_exact(keys[half] + (at.first + (x ^ (n & (at.width - 1)))) * (8 * S::KD), true, layer.dtype, out);
+#pragma unroll
+      for (int i = 0; i < S::KD / 2; i++) out[i] = channels[decltype(step_)::value][decltype(half_)::value][i];
     });
     float x[S::kLaneRows];
     pick(acc[0], x);
@@ -649,6 +727,7 @@ struct Block : RowBlock {
     for (int from = slot0;; from = frame.border) {  // frames of this tile from slot `from` on: nearly always one
       if (from >= frame.border) {
         load_query(++frame.now, prepared, q), frame.border += frame.tokens;
+        prefetch_query(frame.now + 1, prepared);
         settle(q);
       }
       const bool last = slot0 + kTile <= frame.border;
@@ -822,8 +901,16 @@ struct Block : RowBlock {
               constexpr int step = decltype(step_)::value;
               constexpr Group at = group_of(V::kSteps, step);
               const int m = 8 * at.first + (at.width - 1) * n + ((step - at.first) ^ (c & (at.width - 1)));
-              load_exact(from + m * S::VD * 2, live >> own & 1, layer.dtype, values[batch][step]);
+              load_exact(from + m * S::VD * 2, values[batch][step]);
             });
+          });
+          to_half<kBatches * V::kSteps * kSubs>(&values[0][0][0], layer.dtype);
+          static_for<kBatches>([&](auto batch_) {
+            constexpr int batch = decltype(batch_)::value;
+            const bool seen = live >> (4 * (unit * kBatches + batch) + c) & 1;
+#pragma unroll
+            for (int i = 0; i < V::kSteps * kSubs; i++)
+              (&values[batch][0][0])[i] = seen ? (&values[batch][0][0])[i] : 0u;
           });
         },
         [&](auto step_, auto batch_, int, auto token_, auto& out) {
@@ -888,16 +975,16 @@ struct Block : RowBlock {
   static constexpr int kPart = 4 * S::Rows * S::D;  // numerators of a pair
   __device__ void finish(const float* numerators) const {
     constexpr int kLine = S::kLine;
-    const int share = this->share();
     for (int i = threadIdx.x; i < rows * kLine; i += S::kThreads) {
       const int r = i / kLine, line = i % kLine;
-      // All loads at once: reference maximum and factors before the numerators.
+      // All loads at once: reference maximum and factors before the numerators. A pair that saw nothing has kLowest and
+      // zeros.
       float2 ends[S::kPairs];
       Merged row;
 #pragma unroll
       for (int pair = 0; pair < S::kPairs; pair++) {
         ends[pair] = scratch.ends[pair][r];
-        row.top = fmaxf(row.top, ends[pair].y == 0.f ? kLowest : ends[pair].x);
+        row.top = fmaxf(row.top, ends[pair].x);
       }
 #pragma unroll
       for (int pair = 0; pair < S::kPairs; pair++) {
@@ -913,8 +1000,8 @@ struct Block : RowBlock {
       if (a.splits == 1) {
         row.store(a, scratch.rows[r].out, scratch.rows[r].lse, line);
       } else if (a.clusters) {
-        const int owner = i / share;
-        to_block(&scratch.from_splits[int(blockIdx.x) * share + i - owner * share], owner,
+        const int owner = int((i + .5f) * a.per_share);  // i / a.share
+        to_block(&scratch.from_splits[int(blockIdx.x) * a.share + i - owner * a.share], owner,
                  float4{row.x.x, row.x.y, row.top, row.total}, &scratch.parts);
       } else {
         const int64_t at = (head() * a.rows + row0 + r) * a.splits + blockIdx.x;
@@ -931,10 +1018,16 @@ struct Block : RowBlock {
     for (int first = begin; first < end; first += kAtOnce) {
       const int i = min(first + int(threadIdx.x) / kLanes, end - 1), r = i / kLine, line = i % kLine;
       Merged row;
-      for (int split = threadIdx.x % kLanes; split < a.splits; split += kLanes) {
-        const float4 part = scratch.from_splits[split * share + i - begin];
-        row.add({part.z, part.w}, {part.x, part.y});
+      float4 parts[kMaxCluster / kLanes];
+#pragma unroll
+      for (int j = 0; j < kMaxCluster / kLanes; j++) {
+        const int split = threadIdx.x % kLanes + j * kLanes;
+        parts[j] = split < a.splits ? scratch.from_splits[split * a.share + i - begin] : float4{0.f, 0.f, kLowest, 0.f};
+        row.top = fmaxf(row.top, parts[j].z);
       }
+      row.top = lanes_max<kLanes>(row.top);
+#pragma unroll
+      for (int j = 0; j < kMaxCluster / kLanes; j++) row.add_below({parts[j].z, parts[j].w}, {parts[j].x, parts[j].y});
       row.add_lanes<kLanes>();
       if (threadIdx.x % kLanes == 0 && first + int(threadIdx.x) / kLanes < end)
         row.store(a, scratch.rows[r].out, scratch.rows[r].lse, line);
@@ -950,13 +1043,6 @@ struct Block : RowBlock {
     return {tokens, now, int(min((int64_t(now) + 1) * tokens, int64_t(kMaxSlot)))};
   }
 
-  // To the L2 cache: the values of a pair's first exact tokens.
-  __device__ void prefetch_exact(int pair) const {
-    if (first_group(pair) >= groups()) return;
-    const char* line = token(first_group(pair) * kGroup + (lane & 15)).v + (lane >> 4) * 128;
-    if (lane < 16 || S::D > 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-  }
-
   // To the L2 cache: the tiles that a pair begins with.
   __device__ void prefetch_first() const {
 #if __CUDA_ARCH__ >= 900
@@ -969,15 +1055,19 @@ struct Block : RowBlock {
 #endif
   }
 
-  __device__ void score(int pair, const Prepared& prepared) const {
+  // Whether a pair may have exact tokens: known before the block is described.
+  __device__ bool may_have_exact(int pair) const {
+    return first_group(pair) * kGroup < int(layer.N + min(layer.R, int64_t(kMaxSlot)) + layer.n);
+  }
+
+  // `q`: as the model gave it, of a pair that may have exact tokens.
+  __device__ void score(int pair, const Prepared& prepared, Query& q) const {
     Softmax state;
 #pragma unroll
     for (int rr = 0; rr < S::kLaneRows; rr++)
       state.top[rr] = kLowest, state.sum[rr] = 0.f, state.magnitude[rr] = fmaxf(fabsf(a.scale) * kLog2e, FLT_MIN);
-    Query q;
     float s[S::kLaneRows][4];
     int it = 0;
-    if (first_group(pair) < groups()) load_raw_query(q);
     for (int group = first_group(pair); group < groups(); group += group_step(), it++) {
       exact_scores(group, q, s);
       publish(s, state, pair, it);
@@ -986,25 +1076,21 @@ struct Block : RowBlock {
     prefetch_first();
     Words words;
     const uint8_t* at = codes(tiles);
+    Frame frame = first_frame(tiles);
     if (tiles.begin < tiles.end) {
 #pragma unroll
       for (int i = 0; i < kKeyUnit.words / 4; i++) fetch(words, i, at);
     }
     barrier_wait(&scratch.k_table, 0);  // even if there are no codes: the table must be there before it is overwritten
-    if constexpr (in_two() && !begins_early()) barrier_wait(&scratch.k_more, 0);
+    if constexpr (in_two()) barrier_wait(&scratch.k_more, 0);
+    const Places<K> places(n, c, shared_address(shared) - kSharedBase);
     barrier_wait(&scratch.queries, 0);
     if (tiles.begin < tiles.end) {
+      load_query(frame.now, prepared, q);
 #pragma unroll
       for (int rr = 0; rr < S::kLaneRows; rr++) state.magnitude[rr] = scratch.magnitude[lane_row(rr)];
-      Frame frame = first_frame(tiles);
-      load_query(frame.now, prepared, q);
-      Places<K> places(n, c, shared_address(shared) - kSharedBase, begins_early() ? 1 : K::kCopies);
       for (int tile = tiles.begin; tile < tiles.end; tile++, it++, at += kKeyTile) {
         if (tile + kAhead < tiles.end) prefetch(at + kAhead * kKeyTile, kKeyTile, lane);
-        if (begins_early() && tile == tiles.begin + 1) {
-          barrier_wait(&scratch.k_more, 0);
-          places = Places<K>(n, c, shared_address(shared) - kSharedBase, K::kCopies);
-        }
         coded_scores(tile, tile + 1 < tiles.end, at, words, places, prepared, frame, q, s);
         publish(s, state, pair, it);
       }
@@ -1028,7 +1114,7 @@ struct Block : RowBlock {
       Words words;
 #pragma unroll
       for (int i = 0; i < kValueUnit.words / 4; i++) fetch(words, i, at);
-      const Places<V> places(n, c, shared_address(shared) - kSharedBase, V::kCopies);
+      const Places<V> places(n, c, shared_address(shared) - kSharedBase);
       for (int tile = tiles.begin; tile < tiles.end; tile++, it++, at += kValueTile) {
         if (tile + kAhead < tiles.end) prefetch(at + kAhead * kValueTile, kValueTile, lane);
         coded_values(o, pair, it, tile + 1 < tiles.end, at, words, places);
@@ -1037,12 +1123,29 @@ struct Block : RowBlock {
   }
 };
 
+// Has arguments read that lie apart.
+__device__ __forceinline__ void touch(const Attention& a) {
+  const Layer& l = a.layer;
+  asm volatile("" ::"l"(l.k.codes), "l"(l.v.codes), "l"(l.k.codebook), "l"(l.v.codebook), "l"(l.transform),
+               "l"(l.clock));
+  asm volatile("" ::"l"(l.origin), "l"(l.k_ring), "l"(l.v_sinks), "l"(l.inv_freq), "l"(l.R), "l"(l.frame_tokens));
+  asm volatile("" ::"l"(a.q.data), "l"(a.out), "l"(a.mask), "l"(a.partials), "r"(a.splits), "f"(a.per_share));
+}
+
 // blockIdx: split, (row, KV head), tile of query rows.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_constant__ Attention a) {
   extern __shared__ __align__(1024) char shared[];
   // The host checked that it is so; the upper byte is the block's rank in its cluster.
   if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
+  Scratch<S>& scratch = *reinterpret_cast<Scratch<S>*>(shared + S::kTableBytes);
+  // What needs nothing of the kernels before, the arguments among it: they arrive in lines of 64 bytes.
+  touch(a);
+  Block<S>::init_barriers(scratch);
+  for (int i = threadIdx.x; i < S::Rows * kTile / 8; i += S::kThreads)
+    reinterpret_cast<uint4*>(scratch.zeros)[i] = uint4{};
+  __syncthreads();
+  if (a.clusters) cluster_arrive(), cluster_wait();  // others may tell this block's barriers
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
   // Not before: the append that may start from here on reads what the kernels before have written.
@@ -1052,32 +1155,37 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   const bool scores = block.warp < S::kPairs;
   const int pair = scores ? block.warp : block.warp - S::kPairs;
   using K = typename S::K;
-  if (threadIdx.x == 0) block.start_first();
+  float* numerators = reinterpret_cast<float*>(shared);  // [kPairs][4 rotations][Rows][D], after the tables
+  // Who has arrived at the cluster's barrier is ready for the parts of other splits, which lie over `turned`.
   if (scores) {
     typename Block<S>::Asked asked;
+    const int origin = block.ask_origin();
     block.ask_query(block.first_row(), asked);
-    block.init_barriers();
-    if (a.clusters && threadIdx.x == 0) block.expect_parts();
-    block.describe();
+    block.describe(origin);
     block.load_queries(asked);
-  } else {
-    const int i = threadIdx.x - S::kHalf;
-    if (a.layer.inv_freq != nullptr && i < a.layer.half) block.scratch.frequencies[i] = __ldg(a.layer.inv_freq + i);
-    if (i < S::Rows * kTile / 8) reinterpret_cast<uint4*>(block.scratch.zeros)[i] = uint4{};
-  }
-  __syncthreads();
-  const Frames frames = block.scratch.frames;
-  const typename Block<S>::Prepared prepared = block.prepared(frames);
-  float* numerators = reinterpret_cast<float*>(shared);  // [kPairs][4 rotations][Rows][D], after the tables
-  // Who has arrived is ready for the parts of other splits, which lie over `turned`.
-  if (scores) {
-    if (a.clusters) cluster_arrive();
+    named_arrive(Block<S>::kReady, S::kThreads);
+    typename Block<S>::Query query;
+    if (block.may_have_exact(pair)) block.load_raw_query(query);
+    named_sync(Block<S>::kScores, S::kHalf);
     Block<S>::template load_table<K>(block.codebook(a.layer.k), shared, &block.scratch.k_table);
-    block.score(pair, prepared);
+    const Frames frames = block.scratch.frames;
+    block.help_prepare(frames);
+    if (a.clusters) cluster_arrive();
+    block.score(pair, block.prepared(frames), query);
     __syncthreads();
   } else {
-    block.prefetch_exact(pair);
-    block.prepare(frames, prepared);
+    const int thread = threadIdx.x - S::kHalf;
+    if (thread == 0) block.start_first();
+    if (a.clusters && thread == kWarp) block.expect_parts();
+    if (thread < S::D / 2)
+      block.scratch.frequencies[thread] =
+          a.layer.inv_freq != nullptr && thread < a.layer.half ? __ldg(a.layer.inv_freq + thread) : 0.f;
+    typename Block<S>::Inverse inverse;
+    block.take_inverse(inverse);
+    named_sync(Block<S>::kReady, S::kThreads);  // the block is described, and T^-1 may be overwritten
+    block.start_second();
+    const Frames frames = block.scratch.frames;
+    block.prepare(frames, block.prepared(frames), inverse);
     barrier_arrive(&block.scratch.queries);
     if (a.clusters) cluster_arrive();
     block.prefetch_first();
@@ -1130,6 +1238,10 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {unsigned(a.splits), 1, 1};
   config.numAttrs = 1;
+  a.share = (std::min(S::Rows, a.rows) * S::kLine + a.splits - 1) / a.splits;
+  a.per_share = 1.f / a.share;
+  const auto part = [&](int bytes) { return (bytes / 16 + a.splits - 1) / a.splits * 16; };
+  a.inverse_part = part(S::D * S::D), a.page_part = part(kPage);
   if (a.overlap && a.splits > 1) {
     if (a.splits > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     a.clusters = clusters_fit<S>(config, a.splits);

@@ -73,8 +73,7 @@ struct Scratch {
     int pad[3];
   } slots[S::kPairs][2];
   union {
-    __half turned[2][16]
-                 [S::D + 8];  // rotated queries of a product, rounded, and what that lost; rows on different banks
+    __half turned[2][16][S::D + 8];  // rotated queries of a product, and of the next; rows on different banks
     // Then, of the splits of a cluster: a pair of channels, reference maximum, sum.
     float4 from_splits[S::Rows * S::kLine + kMaxCluster];
   };
@@ -106,23 +105,29 @@ struct Unit {
 template <class Table>
 struct Places {
   uint32_t four[4], two[2], one;
-  // `base`: where shared memory begins, relative to kSharedBase; `copies`: of the table, that are there.
-  __device__ Places(int n, int c, uint32_t base, int copies) {
+  // `base`: where shared memory begins, relative to kSharedBase.
+  __device__ Places(int n, int c, uint32_t base) {
 #pragma unroll
-    for (int x = 0; x < 4; x++) four[x] = opaque(base + Table::lane_place(4, x, n, c, copies));
+    for (int x = 0; x < 4; x++) four[x] = opaque(base + Table::lane_place(4, x, n, c));
 #pragma unroll
-    for (int x = 0; x < 2; x++) two[x] = opaque(base + Table::lane_place(2, x, n, c, copies));
-    one = opaque(base + Table::lane_place(1, 0, n, c, copies));
+    for (int x = 0; x < 2; x++) two[x] = opaque(base + Table::lane_place(2, x, n, c));
+    one = opaque(base + Table::lane_place(1, 0, n, c));
   }
   __device__ __forceinline__ uint32_t at(int width, int x) const {
     return width == 4 ? four[x & 3] : width == 2 ? two[x & 1] : one;
   }
 };
 
-__device__ __forceinline__ uint32_t to_half2(uint32_t x, DType dtype) {
-  if (dtype != DType::bf16) return x;
+__device__ __forceinline__ uint32_t to_half2(uint32_t x) {
   const __half2 y = __float22half2_rn(__bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x)));
   return reinterpret_cast<const uint32_t&>(y);
+}
+// Pairs of bf16 numbers as fp16, all after one branch.
+template <int Words>
+__device__ __forceinline__ void to_half(uint32_t* x, DType dtype) {
+  if (dtype != DType::bf16) return;
+#pragma unroll
+  for (int i = 0; i < Words; i++) x[i] = to_half2(x[i]);
 }
 
 __device__ __forceinline__ float2 to_floats(uint32_t x, DType dtype) {
@@ -130,20 +135,23 @@ __device__ __forceinline__ float2 to_floats(uint32_t x, DType dtype) {
                               : __half22float2(reinterpret_cast<const __half2&>(x));
 }
 
-// Channels of an exact token as the tables' entries are, fp16; zero where `live` is not set. It loads all the same, so
-// that a warp's loads do not wait for each other.
+// Channels of an exact token, as the model gave them.
 template <int Words>
-__device__ __forceinline__ void load_exact(const char* at, bool live, DType dtype, uint32_t (&out)[Words]) {
+__device__ __forceinline__ void load_exact(const char* at, uint32_t (&out)[Words]) {
 #pragma unroll
-  for (int i = 0; i < Words; i++) {
-    const uint32_t x = to_half2(__ldcg(reinterpret_cast<const uint32_t*>(at) + i), dtype);
-    out[i] = live ? x : 0u;
-  }
+  for (int i = 0; i < Words; i++) out[i] = __ldcg(reinterpret_cast<const uint32_t*>(at) + i);
 }
 
 // Partial results: numerators [B, H, rows, splits, D], then (reference maximum (log2), sum) [B, H, rows, splits].
 __device__ __forceinline__ float2* ends_of(const Attention& a) {
   return reinterpret_cast<float2*>(a.partials) + a.layer.B * a.layer.H * a.rows * a.splits * (a.layer.D / 2);
+}
+
+template <int Lanes>
+__device__ __forceinline__ float lanes_max(float x) {
+#pragma unroll
+  for (int step = 1; step < Lanes; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  return x;
 }
 
 // A row's sums for a pair of channels, as parts are added in order.
@@ -160,20 +168,14 @@ struct Merged {
 
   // A part whose reference maximum is at most `top`.
   __device__ __forceinline__ void add_below(float2 end, float2 y) {
-    if (end.y == 0.f) return;  // it saw nothing
     const float theirs = exp2_fast(end.x - top);
     total += end.y * theirs;
     x = {x.x + y.x * theirs, x.y + y.y * theirs};
   }
 
-  // The sums of `Lanes` neighbouring lanes together, in each of them.
+  // The sums of `Lanes` neighbouring lanes with the same `top` together, in each of them.
   template <int Lanes>
   __device__ __forceinline__ void add_lanes() {
-    const float own = top;
-#pragma unroll
-    for (int step = 1; step < Lanes; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    const float factor = exp2_fast(own - top);
-    total *= factor, x.x *= factor, x.y *= factor;
 #pragma unroll
     for (int step = 1; step < Lanes; step *= 2) {
       total += __shfl_xor_sync(~0u, total, step);
@@ -184,7 +186,8 @@ struct Merged {
   // `out`, `lse`: the row's first element of the results.
   __device__ __forceinline__ void store(const Attention& a, int64_t out, int64_t lse, int line) const {
     // A query that sees nothing (left padding) gets zeros and an LSE of -inf, never NaN.
-    const float2 y = total == 0.f ? float2{0.f, 0.f} : float2{x.x / total, x.y / total};
+    const float by = total == 0.f ? 0.f : __fdividef(1.f, total);
+    const float2 y = {x.x * by, x.y * by};
     void* to = static_cast<char*>(a.out) + (out + 2 * line) * 2;
     if (a.layer.dtype == DType::bf16)
       *static_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(y.x, y.y);

@@ -42,9 +42,9 @@ struct KeyTable {
   static constexpr int kPages = kWhole ? kCopies : (kRowBytes + kRow - 1) / kRow;
   static constexpr int kBytes = kPages * kPage + (kWhole ? (kCopies - 1) * kMove : 0);
 
-  // The lane's place in a group of this width at step `x` of the group. With fewer `copies` lanes meet on banks.
-  static __device__ uint32_t lane_place(int width, int x, int n, int c, int copies) {
-    if (kWhole) return n / 4 % copies * (kPage + kMove) + (x ^ (n & 3)) * 8 * d + c * 2 * d;
+  // The lane's place in a group of this width at step `x` of the group.
+  static __device__ uint32_t lane_place(int width, int x, int n, int c) {
+    if (kWhole) return n / 4 % kCopies * (kPage + kMove) + (x ^ (n & 3)) * 8 * d + c * 2 * d;
     return (n / width % replicas(width)) * run(width) + (x ^ (n & (width - 1))) * 8 * d + c * 2 * d;
   }
 
@@ -79,7 +79,7 @@ struct ValueTable {
   static constexpr int kPages = (kRowBytes + kRow - 1) / kRow;
   static constexpr int kBytes = kPages * kPage;
 
-  static __device__ uint32_t lane_place(int width, int x, int n, int c, int) {
+  static __device__ uint32_t lane_place(int width, int x, int n, int c) {
     const int at =
         n / kTogether * 128 + (c / width) * run(width) + (n % kTogether * width + (x ^ (c & (width - 1)))) * 2 * d;
     return at / kRow * kPage + at % kRow;

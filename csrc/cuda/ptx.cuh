@@ -59,10 +59,6 @@ __device__ __forceinline__ void load_operand(const __half* row, uint32_t (&a)[4]
                : "r"(shared_address(row)));
 }
 
-__device__ __forceinline__ void split(float x, __half& rounded, __half& rest) {
-  rounded = __float2half_rn(x), rest = __float2half_rn(x - __half2float(rounded));
-}
-
 // Two numbers as fp16, and what the rounding lost.
 __device__ __forceinline__ void split(float x, float y, uint32_t& rounded, uint32_t& rest) {
   const __half2 r = __floats2half2_rn(x, y);
@@ -94,6 +90,14 @@ __device__ __forceinline__ void mma_dense_8(float (&d)[4], uint32_t a0, uint32_t
       : "r"(a0), "r"(a1), "r"(b));
 }
 
+// Barrier `id` of the block, of so many threads: waits for all of them, or only arrives.
+__device__ __forceinline__ void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
@@ -111,6 +115,17 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
                    shared_address(to)),
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
+}
+// To the same place in all `blocks` of the cluster, each of whose barriers is told.
+__device__ __forceinline__ void bulk_copy_to_cluster(void* to, const void* from, int bytes, uint64_t* barrier,
+                                                     int blocks) {
+#if __CUDA_ARCH__ == 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1u << blocks) - 1))
+      : "memory");
+#endif
 }
 // A cluster's barrier that orders nothing else: releasing one flushes all writes of the GPU's memory, some 2000 cycles.
 __device__ __forceinline__ void cluster_arrive() {
