@@ -131,8 +131,7 @@ class BuildKernels(build_ext):
         if not chosen:
             known = subprocess.run([toolkit / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
             chosen = [x for x in CUDA_ARCHS if f"compute_{x}" in known.split()]
-        # Bulk copies to a whole cluster are fast with the instructions of this very architecture alone.
-        archs = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in ("90a" if x == "90" else x for x in chosen)]
+        archs = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in chosen]
         for source in sorted(CUDA_SOURCES.glob("*.cu")):
             jobs.append(
                 (

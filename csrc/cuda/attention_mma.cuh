@@ -97,37 +97,17 @@ struct Block : RowBlock {
     barrier_expect(barrier, kPage);
     bulk_copy(to, codebook, kPage, barrier);
   }
-  // The blocks of a cluster have the same head: on sm_90a each brings a part of what all need first.
-  __device__ bool shares_copies() const {
-#if __CUDA_ARCH__ == 900
-    return a.clusters;
-#else
-    return false;
-#endif
-  }
-  __device__ void copy_shared(uint64_t* barrier, const char* from, char* to, int bytes, int part) const {
-    if (!shares_copies()) {
-      bulk_copy(to, from, bytes, barrier);
-    } else {
-      const int begin = min(int(blockIdx.x) * part, bytes), count = min(part, bytes - begin);
-      if (count > 0) bulk_copy_to_cluster(to + begin, from + begin, count, barrier, a.splits);
-    }
-  }
   __device__ void start_first() const {
 #if __CUDA_ARCH__ >= 900
-    constexpr int kBytes = S::D * S::D;  // of a quarter of T^-1, fp32
     if (layer.transform != nullptr) {
-      const char* from = reinterpret_cast<const char*>(layer.transform + int64_t(h) * kBytes);
+      constexpr int kBytes = S::D * S::D;  // of a quarter, fp32
+      const float* from = layer.transform + int64_t(h) * kBytes;
       barrier_expect(&scratch.inverse, 4 * kBytes);
 #pragma unroll 1
       for (int i = 0; i < 4; i++)
-        copy_shared(&scratch.inverse, from + i * kBytes, shared + S::kInverse + i * S::kQuarter, kBytes,
-                    a.inverse_part);
+        bulk_copy(shared + S::kInverse + i * S::kQuarter, from + i * (kBytes / 4), kBytes, &scratch.inverse);
     }
-    if constexpr (by_bulk<K>()) {
-      barrier_expect(&scratch.k_table, kPage);
-      copy_shared(&scratch.k_table, reinterpret_cast<const char*>(codebook(layer.k)), shared, kPage, a.page_part);
-    }
+    if constexpr (by_bulk<K>()) copy_page(&scratch.k_table, codebook(layer.k), shared);
 #endif
   }
   __device__ void start_second() const {
@@ -1145,7 +1125,6 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   for (int i = threadIdx.x; i < S::Rows * kTile / 8; i += S::kThreads)
     reinterpret_cast<uint4*>(scratch.zeros)[i] = uint4{};
   __syncthreads();
-  if (a.clusters) cluster_arrive(), cluster_wait();  // others may tell this block's barriers
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
   // Not before: the append that may start from here on reads what the kernels before have written.
@@ -1240,8 +1219,6 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
   config.numAttrs = 1;
   a.share = (std::min(S::Rows, a.rows) * S::kLine + a.splits - 1) / a.splits;
   a.per_share = 1.f / a.share;
-  const auto part = [&](int bytes) { return (bytes / 16 + a.splits - 1) / a.splits * 16; };
-  a.inverse_part = part(S::D * S::D), a.page_part = part(kPage);
   if (a.overlap && a.splits > 1) {
     if (a.splits > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     a.clusters = clusters_fit<S>(config, a.splits);

@@ -24,11 +24,10 @@ struct Attention {
   float* partials;  // [B, H, rows, splits, D + 2]: numerator, reference maximum (log2), denominator
 
   // Tensor core kernel only.
-  bool overlap;                 // the GPU can start a kernel before the one it depends on has ended
-  bool clusters;                // the splits of a row are a cluster and merge by themselves:
-  int share;                    // each so many pairs of channels,
-  float per_share;              // 1 / share
-  int inverse_part, page_part;  // bytes that each brings of a quarter of T^-1 and of keys' table
+  bool overlap;     // the GPU can start a kernel before the one it depends on has ended
+  bool clusters;    // the splits of a row are a cluster and merge by themselves:
+  int share;        // each so many pairs of channels,
+  float per_share;  // 1 / share
 };
 
 struct Encode {

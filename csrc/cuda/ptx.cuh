@@ -116,17 +116,6 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
-// To the same place in all `blocks` of the cluster, each of whose barriers is told.
-__device__ __forceinline__ void bulk_copy_to_cluster(void* to, const void* from, int bytes, uint64_t* barrier,
-                                                     int blocks) {
-#if __CUDA_ARCH__ == 900
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
-      "%4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1u << blocks) - 1))
-      : "memory");
-#endif
-}
 // A cluster's barrier that orders nothing else: releasing one flushes all writes of the GPU's memory, some 2000 cycles.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
