@@ -150,11 +150,19 @@ def calibrate(
     compact: Annotated[
         bool, typer.Option("--compact", help="Store in less than half the space, at up to 1 % more distortion.")
     ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Forget what an interrupted run left in OUT/unfinished, instead of going on."),
+    ] = False,
     device: Device = "cpu",
     dtype: ModelDtype = None,
 ) -> None:
-    """Train codebooks for a model on a text and write them to a directory; several presets share the work."""
+    """Train codebooks for a model on a text and write them to a directory; several presets share the work.
+
+    After an interruption the same command goes on: what is finished is kept in OUT/unfinished until the codebooks are written.
+    """
     with mistakes():
+        from million_cache.calibration.checkpoint import delete_checkpoint, is_checkpoint
         from million_cache.codebook import Codebooks
         from million_cache.config import PQConfig
         from million_cache.evaluate import with_window
@@ -171,19 +179,29 @@ def calibrate(
         configs = [with_window(PQConfig.preset(p.value), recent, sinks) for p in preset]
         if held_out and held_out <= (exact := configs[0].recent_tokens + configs[0].sink_tokens):
             raise ValueError(f"--held-out {held_out} tokens would all stay exact: give more than {exact}, or 0")
+        unfinished = outs[0] / "unfinished"
+        if restart:
+            delete_checkpoint(unfinished)
+        elif is_checkpoint(unfinished):
+            err.print(f"Going on with the calibration in {unfinished}.", soft_wrap=True)
         loaded, tokenizer = _load(model, device, dtype)
-        found = calibrate_text(
-            loaded,
-            tokenizer,
-            body,
-            source,
-            configs,
-            tokens,
-            context,
-            seed=seed,
-            sensitivity_tokens=sensitivity_tokens,
-            finetune_steps=finetune_steps,
-        )
+        try:
+            found = calibrate_text(
+                loaded,
+                tokenizer,
+                body,
+                source,
+                configs,
+                tokens,
+                context,
+                seed=seed,
+                sensitivity_tokens=sensitivity_tokens,
+                finetune_steps=finetune_steps,
+                resume_dir=unfinished,
+            )
+        except KeyboardInterrupt:
+            err.print(f"Interrupted. The same command goes on from {unfinished}.", soft_wrap=True)
+            raise
         for codebooks, directory in zip(found, outs):
             codebooks.provenance |= {"model": model, **origin(model)}
             codebooks.save_pretrained(directory, compact=compact)
@@ -192,6 +210,7 @@ def calibrate(
             for layer, kind, head, ratio, times in poor_heads(codebooks)[:MOST_POOR]:
                 said = f"layer {layer}, {kind} of KV head {head}: distortion is {ratio:.3f} of the energy, {times:.1f} times the upper quartile of the heads"
                 err.print(Text.assemble(("warning: ", "yellow"), said), soft_wrap=True)
+        delete_checkpoint(unfinished)
         if held_out == 0:
             return
         written = [Codebooks.from_pretrained(directory) for directory in outs]  # as they will be used

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from million_cache import PRESETS, Codebooks
+from million_cache.calibration.finetune import CentroidAdam
 from million_cache.card import CARD_NAME
 from million_cache.cli import Preset
 from million_cache.codebook import CONFIG_NAME, TENSORS_NAME
@@ -132,7 +133,7 @@ def test_calibrate_several_presets_at_once(million, model_dir, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_calibration_leaves_nothing(million, model_dir, tmp_path, monkeypatch, error):
+def test_an_interrupted_save_leaves_no_half_codebooks(million, model_dir, tmp_path, monkeypatch, error):
     def interrupted(*args, **kwargs):
         raise error
 
@@ -141,7 +142,65 @@ def test_an_interrupted_calibration_leaves_nothing(million, model_dir, tmp_path,
         "calibrate", "--model", model_dir, "--preset", "1bit", "--tokens", 2048, "--out", tmp_path / "books"
     )
     assert result.exit_code != 0
-    assert list(tmp_path.iterdir()) == []
+    assert [x.name for x in (tmp_path / "books").iterdir()] == ["unfinished"]
+
+
+def test_an_interrupted_calibration_goes_on(million, model_dir, tmp_path, monkeypatch):
+    """Ctrl-C in the second of three steps of fine-tuning."""
+    run = (
+        "calibrate",
+        "--model",
+        model_dir,
+        "--preset",
+        "1bit",
+        "--tokens",
+        2048,
+        "--context",
+        512,
+        "--finetune-steps",
+        3,
+    )
+    want = million(*run, "--held-out", 0, "--out", tmp_path / "at-once")
+    assert want.exit_code == 0, want.stderr
+    out, step, steps = tmp_path / "books", CentroidAdam.step, []
+
+    def interrupted(self, rate):
+        steps.append(rate)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        step(self, rate)
+
+    monkeypatch.setattr(CentroidAdam, "step", interrupted)
+    result = million(*run, "--out", out)
+    assert result.exit_code != 0
+    assert "The same command goes on from" in result.stderr
+    assert [x.name for x in out.iterdir()] == ["unfinished"]
+    assert_says(million(*run, "--out", out, "--seed", 5), "seed (0, now 5)")
+    assert_says(million("evaluate", "--model", model_dir, "--codebooks", out), "not completely written")
+    result = million(*run, "--held-out", 0, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert "Going on with the calibration in" in result.stderr
+    assert len(steps) == 4  # the second again, and the third
+    assert {x.name for x in out.iterdir()} == {CONFIG_NAME, TENSORS_NAME, CARD_NAME}
+    assert (out / TENSORS_NAME).read_bytes() == (tmp_path / "at-once" / TENSORS_NAME).read_bytes()
+
+
+def test_an_interrupted_calibration_can_be_forgotten(million, model_dir, tmp_path, monkeypatch):
+    run = ("calibrate", "--model", model_dir, "--preset", "1bit", "--tokens", 2048, "--held-out", 0, "--out", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "million_cache.calibration.train_layer", lambda *args, **kw: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        assert million(*run).exit_code != 0
+    assert (tmp_path / "unfinished").is_dir()
+    result = million(*run, "--seed", 5, "--restart")
+    assert result.exit_code == 0, result.stderr
+    assert "Going on" not in result.stderr and not (tmp_path / "unfinished").exists()
+    assert Codebooks.from_pretrained(tmp_path).provenance["seed"] == 5
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "symphony.txt").write_text("in B minor")
+    for extra in ((), ("--restart",)):
+        assert_says(million(*run, *extra), "is not what an unfinished calibration leaves")
 
 
 # -- generate --------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import datetime, timezone
+from functools import partial
+from typing import Any
 
 import torch
 import transformers
@@ -14,11 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from million_cache.calibration.collect import collect
+from million_cache.calibration.checkpoint import GENERATOR, Checkpoint
+from million_cache.calibration.collect import LayerSample, collect
 from million_cache.calibration.finetune import finetune, useful_sequences
 from million_cache.calibration.sensitivity import measure_sensitivity
 from million_cache.calibration.train import train_layer
-from million_cache.codebook import Codebooks
+from million_cache.codebook import Codebooks, LayerCodebooks, LayerReport
 from million_cache.config import PQConfig
 from million_cache.models import check_length, check_supported, fingerprint, measure_rotations
 from million_ops.layout import CENTROIDS
@@ -44,6 +50,52 @@ def _spread(sequences: list[Tensor], tokens: int, window: int) -> list[int]:
     return [useful[i * len(useful) // count] for i in range(count)]
 
 
+def _weights_hash(model: PreTrainedModel) -> str:
+    """Of the first entries of every parameter: a `Fingerprint` is that of the model, this is that of one load of it."""
+    found = hashlib.sha256()
+    for name, p in model.named_parameters():
+        plain = type(p.data) is Tensor and not p.is_meta
+        found.update(name.encode() + f"{type(p.data).__name__} {p.dtype} {list(p.shape)}".encode())
+        found.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes() if plain else b"")
+    return found.hexdigest()
+
+
+def _settings(
+    model: PreTrainedModel, sequences: list[Tensor], configs: Sequence[PQConfig], device: torch.device, **others: Any
+) -> dict[str, Any]:
+    """All that the codebooks depend on, for `Checkpoint`."""
+    text = hashlib.sha256(repr([len(s) for s in sequences]).encode())
+    text.update(torch.cat(sequences).to(torch.int32).numpy().tobytes())
+    return {
+        "model": model.config.name_or_path,
+        "weights": _weights_hash(model),
+        "model_dtype": str(model.dtype),
+        "model_device": model.device.type,
+        "device": device.type,
+        "text": text.hexdigest(),
+        **{f.name: [getattr(c, f.name) for c in configs] for f in fields(PQConfig)},
+        **others,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "million": importlib.metadata.version("million"),
+    }
+
+
+def _loaded_or(
+    train: Callable[[], tuple[LayerCodebooks, LayerReport]], saved: Checkpoint, name: str, generator: torch.Generator
+) -> tuple[LayerCodebooks, LayerReport]:
+    """A layer that was trained before, or that is trained and kept now."""
+    if found := saved.load(name):
+        tensors, scalars = found
+        generator.set_state(tensors.pop(GENERATOR))
+        report = LayerReport(**{f.name: tensors.pop(f.name) for f in fields(LayerReport)})
+        return LayerCodebooks(**{"inv_freq": None, **tensors}, **scalars), report
+    books, report = train()
+    scalars = {"rope_interleaved": books.rope_interleaved, "frame_tokens": books.frame_tokens}
+    saved.save(name, books.tensors | vars(report), generator, **scalars)
+    return books, report
+
+
 @contextmanager
 def _progress(show: bool) -> Iterator[Progress]:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -64,6 +116,7 @@ def calibrate(
     require_frames: bool = False,
     progress: bool = True,
     device: torch.device | str | None = None,
+    resume_dir: str | os.PathLike | None = None,
 ) -> Codebooks:
     """Train a model's codebooks on text: a transform of the keys (`transform.py`) and k-means (`kmeans.py`) a layer and KV head.
 
@@ -86,15 +139,20 @@ def calibrate(
         require_frames: raise instead of warn when a layer's rotation is not recognised.
         progress: show progress bars.
         device: where k-means runs; None: the model's.
+        resume_dir: directory, made if it is not there, in which finished parts are kept: contexts read, layers, steps. The same
+            call after an interruption goes on with them, to the result of one that was not interrupted. It takes as much disk
+            as the sample of the activations takes memory (see `collect.py`; gradients as much again); delete it
+            (`delete_checkpoint`) when the codebooks are saved. None: nothing is kept.
 
     Raises:
         ValueError: too few tokens (says how many are needed; fine-tuning wants two contexts), ids outside the vocabulary, NaN or inf in the activations, a
-            centroid beyond fp16 (says layer and head), a context beyond the model's RoPE, or frames required and not possible.
+            centroid beyond fp16 (says layer and head), a context beyond the model's RoPE, frames required and not possible, or
+            a ``resume_dir`` with other arguments' calibration (says which differ) or other files.
         NotImplementedError: a model that cannot be served, see `check_supported`.
     """
     (codebooks,) = calibrate_all(
         model, tokens, [config], seed=seed, context=context, iterations=iterations, sensitivity_tokens=sensitivity_tokens,
-        finetune_steps=finetune_steps, require_frames=require_frames, progress=progress, device=device,
+        finetune_steps=finetune_steps, require_frames=require_frames, progress=progress, device=device, resume_dir=resume_dir,
     )  # fmt: skip
     return codebooks
 
@@ -112,6 +170,7 @@ def calibrate_all(
     require_frames: bool = False,
     progress: bool = True,
     device: torch.device | str | None = None,
+    resume_dir: str | os.PathLike | None = None,
 ) -> list[Codebooks]:
     """`calibrate` for several configurations with the same window and sinks; the text runs through the model once for all.
 
@@ -159,31 +218,49 @@ def calibrate_all(
 
     generator = torch.Generator().manual_seed(seed)
     device = torch.device(model.device if device is None else device)
+    chosen = _spread(sequences, sensitivity_tokens, config.recent_tokens + config.sink_tokens)
+    saved = Checkpoint()
+    if resume_dir is not None:
+        settings = _settings(
+            model, sequences, configs, device, context=context, seed=seed, iterations=iterations,
+            sensitivity_contexts=len(chosen), finetune_steps=finetune_steps,
+        )  # fmt: skip
+        saved = Checkpoint(resume_dir, settings)
     with _progress(progress) as bar:
-        task = bar.add_task("Reading text", total=len(sequences))
-        samples, rows_of = collect(model, sequences, config.sink_tokens, generator, lambda: bar.advance(task))
-        positions = torch.cat(rows_of)
-        chosen = _spread(sequences, sensitivity_tokens, config.recent_tokens + config.sink_tokens)
-        if chosen:
-            task = bar.add_task("Measuring sensitivity", total=len(chosen))
-            found = measure_sensitivity(
-                model, sequences, rows_of, chosen, config.recent_tokens, config.sink_tokens, generator, lambda: bar.advance(task)
-            )  # fmt: skip
-            for i, sensitivity in found.items():
-                samples[i].sensitivity = sensitivity
-            found.clear()
+        samples: dict[int, LayerSample] = {}
+        positions = torch.empty(0)
+        if not all(saved.load(f"layer-{n}-{i}") for n in range(len(configs)) for i in rotations):
+            task = bar.add_task("Reading text", total=len(sequences))
+            samples, rows_of = collect(
+                model, sequences, config.sink_tokens, generator, lambda: bar.advance(task), saved
+            )
+            positions = torch.cat(rows_of)
+            if chosen:
+                task = bar.add_task("Measuring sensitivity", total=len(chosen))
+                found = measure_sensitivity(
+                    model, sequences, rows_of, chosen, config.recent_tokens, config.sink_tokens, generator,
+                    lambda: bar.advance(task), saved,
+                )  # fmt: skip
+                for i, sensitivity in found.items():
+                    samples[i].sensitivity = sensitivity
+                found.clear()
         state, trained = generator.get_state(), []
-        for config in configs:
+        for n, config in enumerate(configs):
+            last = n == len(configs) - 1
             generator.set_state(state)  # so that the others do not matter
             title = "Training codebooks" + (f", {config.bits_per_element:g} bit" if len(configs) > 1 else "")
-            task = bar.add_task(title, total=len(samples))
+            task = bar.add_task(title, total=len(rotations))
             layers, report = {}, {}
-            for i in sorted(samples):
-                layers[i], report[i] = train_layer(
-                    samples[i] if len(trained) < len(configs) - 1 else samples.pop(i), positions, rotations[i], config,
+            for i in sorted(rotations):
+                train = partial(
+                    train_layer, samples.get(i) if not last else samples.pop(i, None), positions, rotations[i], config,
                     iterations=iterations, generator=generator, device=device, name=f"layer {i}",
                 )  # fmt: skip
+                layers[i], report[i] = _loaded_or(train, saved, f"layer-{n}-{i}", generator)
                 bar.advance(task)
+            if last:
+                for prefix in ("read-", "sensitivity-"):
+                    saved.drop(prefix)
             tuned = {}
             if finetune_steps:
                 title = title.replace("Training codebooks", "Fine-tuning")
@@ -193,7 +270,8 @@ def calibrate_all(
                     bar.update(task, advance=1, description=f"{title}, held-out KL {kl:.4f}")
 
                 found = finetune(
-                    model, sequences, layers, config.recent_tokens, config.sink_tokens, finetune_steps, generator, advance=show
+                    model, sequences, layers, config.recent_tokens, config.sink_tokens, finetune_steps, generator, advance=show,
+                    saved=saved, name=f"tuning-{n}",
                 )  # fmt: skip
                 layers = found.layers
                 tuned = {"finetune_held_out_kl": [found.before, found.after], "finetune_best_step": found.step}
