@@ -127,6 +127,13 @@ def calibrate(
     sensitivity_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens that also run backwards, for better codebooks; 0: none, faster.")
     ] = 8192,
+    allocate: Annotated[
+        bool,
+        typer.Option(
+            "--allocate",
+            help="Layers, keys and values get bits of their own, by what the predictions lose, within the preset's bytes.",
+        ),
+    ] = False,
     finetune_steps: Annotated[
         int,
         typer.Option(
@@ -196,6 +203,7 @@ def calibrate(
                 context,
                 seed=seed,
                 sensitivity_tokens=sensitivity_tokens,
+                allocate=allocate,
                 finetune_steps=finetune_steps,
                 resume_dir=unfinished,
             )
@@ -206,7 +214,7 @@ def calibrate(
             codebooks.provenance |= {"model": model, **origin(model)}
             codebooks.save_pretrained(directory, compact=compact)
             size, bits = codebooks.nbytes / 1e6, codebooks.config.bits_per_element
-            err.print(f"Wrote {directory} ({size:.1f} MB of codebooks, {bits:g} bit).")
+            err.print(f"Wrote {directory} ({size:.1f} MB of codebooks, {bits:.4g} bit).")
             for layer, kind, head, ratio, times in poor_heads(codebooks)[:MOST_POOR]:
                 said = f"layer {layer}, {kind} of KV head {head}: distortion is {ratio:.3f} of the energy, {times:.1f} times the upper quartile of the heads"
                 err.print(Text.assemble(("warning: ", "yellow"), said), soft_wrap=True)
@@ -218,7 +226,7 @@ def calibrate(
         for codebooks, value, directory in zip(written, kl, outs):
             codebooks.save_pretrained(directory)
             unseen, bits = codebooks.provenance["held_out"]["tokens"], codebooks.config.bits_per_element
-            err.print(f"KL to the dense cache on {unseen} tokens not trained on: {value:.5f} ({bits:g} bit).")
+            err.print(f"KL to the dense cache on {unseen} tokens not trained on: {value:.5f} ({bits:.4g} bit).")
         if not kl:
             err.print("The text has no tokens left to measure on.")
 

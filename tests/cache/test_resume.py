@@ -70,7 +70,7 @@ def test_it_goes_on_from_anywhere_bit_for_bit(tmp_path, monkeypatch, subsampled)
     assert_same(found, want)
     assert done == [
         *(f"read-{n}" for n in range(5)), "sensitivity-0", "sensitivity-2",
-        *(x for n in range(2) for x in (f"layer-{n}-0", f"layer-{n}-1", *[f"tuning-{n}"] * 3)),
+        *(x for n in range(2) for x in (f"layer-{n}-0-0", f"layer-{n}-0-1", *[f"tuning-{n}"] * 3)),
     ][:-1]  # fmt: skip
 
 
@@ -135,9 +135,9 @@ def test_other_files_are_left_alone(tmp_path):
 
 def test_a_damaged_part_is_made_again(tmp_path):
     want = run(resume_dir=tmp_path)
-    part = tmp_path / "layer-1-0.safetensors"
+    part = tmp_path / "layer-1-0-0.safetensors"
     part.write_bytes(part.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match="layer-1-0.safetensors cannot be read and is made again"):
+    with pytest.warns(UserWarning, match="layer-1-0-0.safetensors cannot be read and is made again"):
         assert_same(run(resume_dir=tmp_path), want)
     (tmp_path / checkpoint.SETTINGS_NAME).write_text("{")
     with pytest.raises(ValueError, match="is damaged"):

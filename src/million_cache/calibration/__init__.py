@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
@@ -19,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from million_cache.calibration.allocation import allocate as choose
+from million_cache.calibration.allocation import measure_costs, served_pairs
 from million_cache.calibration.checkpoint import GENERATOR, Checkpoint
 from million_cache.calibration.collect import LayerSample, collect
 from million_cache.calibration.finetune import finetune, useful_sequences
@@ -27,7 +29,7 @@ from million_cache.calibration.train import train_layer
 from million_cache.codebook import Codebooks, LayerCodebooks, LayerReport
 from million_cache.config import PQConfig
 from million_cache.models import check_length, check_supported, fingerprint, measure_rotations
-from million_ops.layout import CENTROIDS
+from million_ops.layout import CENTROIDS, SUBSPACE_DIMS
 
 MIN_TOKENS = 4 * CENTROIDS  # below, most centroids would be single tokens
 GOOD_TOKENS = 16 * CENTROIDS
@@ -81,6 +83,26 @@ def _settings(
     }
 
 
+def _candidates(config: PQConfig) -> list[PQConfig]:
+    """One for each of `SUBSPACE_DIMS`, from which a mix is made; the configuration alone where its bytes leave no choice."""
+    if config.k_subspace_dim == config.v_subspace_dim in (min(SUBSPACE_DIMS), max(SUBSPACE_DIMS)):
+        return [config]
+    return [replace(config, k_subspace_dim=d, v_subspace_dim=d) for d in SUBSPACE_DIMS]
+
+
+def _put_together(
+    found: dict[int, tuple[int, int]], books: list[dict[int, LayerCodebooks]], reports: list[dict[int, LayerReport]]
+) -> tuple[dict[int, LayerCodebooks], dict[int, LayerReport]]:
+    """Layers whose keys are one candidate's and values another's, by the channels a code that were ``found`` for each."""
+    layers, report = {}, {}
+    for i, (k, v) in sorted(found.items()):
+        of_keys, of_values = SUBSPACE_DIMS.index(k), SUBSPACE_DIMS.index(v)
+        layers[i] = replace(books[of_keys][i], v_codebook=books[of_values][i].v_codebook)
+        values = reports[of_values][i]
+        report[i] = replace(reports[of_keys][i], v_energy=values.v_energy, v_distortion=values.v_distortion)
+    return layers, report
+
+
 def _loaded_or(
     train: Callable[[], tuple[LayerCodebooks, LayerReport]], saved: Checkpoint, name: str, generator: torch.Generator
 ) -> tuple[LayerCodebooks, LayerReport]:
@@ -112,6 +134,7 @@ def calibrate(
     context: int = 2048,
     iterations: int = 8,
     sensitivity_tokens: int = 8192,
+    allocate: bool = False,
     finetune_steps: int = 0,
     require_frames: bool = False,
     progress: bool = True,
@@ -134,6 +157,9 @@ def calibrate(
         sensitivity_tokens: how many of the tokens also run backwards through the model, in whole contexts spread over the text;
             0: none, with the queries' second moments as the weight instead, at lower quality. A backward pass takes two to
             four times as long as a forward and holds the activations of one context.
+        allocate: give the keys and the values of each layer bits of their own, by what their errors cost the predictions, within the
+            bytes that ``config`` takes (`allocation.py`); ``config.allocation`` of the result says which. k-means takes three times as
+            long, and the contexts of ``sensitivity_tokens`` run backwards once more.
         finetune_steps: of gradient descent on all centroids together, against the KL to the exact cache (`finetune.py`), each on
             four contexts; one context in eight is held out to judge by. The report's distortions are those before it.
         require_frames: raise instead of warn when a layer's rotation is not recognised.
@@ -152,7 +178,8 @@ def calibrate(
     """
     (codebooks,) = calibrate_all(
         model, tokens, [config], seed=seed, context=context, iterations=iterations, sensitivity_tokens=sensitivity_tokens,
-        finetune_steps=finetune_steps, require_frames=require_frames, progress=progress, device=device, resume_dir=resume_dir,
+        allocate=allocate, finetune_steps=finetune_steps, require_frames=require_frames, progress=progress, device=device,
+        resume_dir=resume_dir,
     )  # fmt: skip
     return codebooks
 
@@ -166,6 +193,7 @@ def calibrate_all(
     context: int = 2048,
     iterations: int = 8,
     sensitivity_tokens: int = 8192,
+    allocate: bool = False,
     finetune_steps: int = 0,
     require_frames: bool = False,
     progress: bool = True,
@@ -181,6 +209,8 @@ def calibrate_all(
     """
     if len({(c.recent_tokens, c.sink_tokens) for c in configs}) != 1:
         raise ValueError("configurations that are calibrated together need the same recent_tokens and sink_tokens")
+    if any(c.allocation for c in configs):
+        raise ValueError("calibration chooses the allocation itself (allocate=True), it cannot be given")
     config = configs[0]
     check_supported(model.config)
     check_length(model.config, context)
@@ -219,17 +249,24 @@ def calibrate_all(
     generator = torch.Generator().manual_seed(seed)
     device = torch.device(model.device if device is None else device)
     chosen = _spread(sequences, sensitivity_tokens, config.recent_tokens + config.sink_tokens)
+    if allocate and not chosen:
+        raise ValueError(
+            "bits are allocated by gradients: allocate needs sensitivity_tokens > 0 and contexts beyond the window"
+        )
     saved = Checkpoint()
     if resume_dir is not None:
         settings = _settings(
             model, sequences, configs, device, context=context, seed=seed, iterations=iterations,
-            sensitivity_contexts=len(chosen), finetune_steps=finetune_steps,
+            sensitivity_contexts=len(chosen), allocate=allocate, finetune_steps=finetune_steps,
         )  # fmt: skip
         saved = Checkpoint(resume_dir, settings)
     with _progress(progress) as bar:
         samples: dict[int, LayerSample] = {}
         positions = torch.empty(0)
-        if not all(saved.load(f"layer-{n}-{i}") for n in range(len(configs)) for i in rotations):
+        # Configurations to train for each that is asked for: itself, or those whose layers it is put together from.
+        parts = [_candidates(c) if allocate else [c] for c in configs]
+        names = [f"layer-{n}-{m}-{i}" for n, tried in enumerate(parts) for m in range(len(tried)) for i in rotations]
+        if not all(saved.load(name) for name in names):
             task = bar.add_task("Reading text", total=len(sequences))
             samples, rows_of = collect(
                 model, sequences, config.sink_tokens, generator, lambda: bar.advance(task), saved
@@ -245,22 +282,37 @@ def calibrate_all(
                     samples[i].sensitivity = sensitivity
                 found.clear()
         state, trained = generator.get_state(), []
-        for n, config in enumerate(configs):
-            last = n == len(configs) - 1
-            generator.set_state(state)  # so that the others do not matter
+        for n, (config, tried) in enumerate(zip(configs, parts)):
             title = "Training codebooks" + (f", {config.bits_per_element:g} bit" if len(configs) > 1 else "")
-            task = bar.add_task(title, total=len(rotations))
-            layers, report = {}, {}
-            for i in sorted(rotations):
-                train = partial(
-                    train_layer, samples.get(i) if not last else samples.pop(i, None), positions, rotations[i], config,
-                    iterations=iterations, generator=generator, device=device, name=f"layer {i}",
+            task = bar.add_task(title, total=len(tried) * len(rotations))
+            books: list[dict[int, LayerCodebooks]] = []
+            reports: list[dict[int, LayerReport]] = []
+            for m, one in enumerate(tried):
+                last = n == len(configs) - 1 and m == len(tried) - 1
+                generator.set_state(state)  # so that the others do not matter
+                layers, report = {}, {}
+                for i in sorted(rotations):
+                    train = partial(
+                        train_layer, samples.get(i) if not last else samples.pop(i, None), positions, rotations[i], one,
+                        iterations=iterations, generator=generator, device=device, name=f"layer {i}",
+                    )  # fmt: skip
+                    layers[i], report[i] = _loaded_or(train, saved, f"layer-{n}-{m}-{i}", generator)
+                    bar.advance(task)
+                books.append(layers)
+                reports.append(report)
+                if last:
+                    for prefix in ("read-", "sensitivity-"):
+                        saved.drop(prefix)
+            if len(tried) > 1:
+                task = bar.add_task("Allocating bits", total=len(chosen))
+                costs = measure_costs(
+                    model, [sequences[i] for i in chosen], dict(zip(SUBSPACE_DIMS, books)), config.recent_tokens,
+                    config.sink_tokens, generator, partial(bar.advance, task), saved, f"allocation-{n}",
                 )  # fmt: skip
-                layers[i], report[i] = _loaded_or(train, saved, f"layer-{n}-{i}", generator)
-                bar.advance(task)
-            if last:
-                for prefix in ("read-", "sensitivity-"):
-                    saved.drop(prefix)
+                budget = config.k_subspace_dim, config.v_subspace_dim
+                found = choose(costs, served_pairs(next(iter(layers.values())).head_dim, budget), budget)
+                layers, report = _put_together(found, books, reports)
+                config = replace(config, allocation=[found[i] for i in sorted(found)])
             tuned = {}
             if finetune_steps:
                 title = title.replace("Training codebooks", "Fine-tuning")
@@ -286,6 +338,7 @@ def calibrate_all(
         "seed": seed,
         "iterations": iterations,
         "sensitivity_tokens": sum(len(sequences[i]) for i in chosen),
+        "allocate": allocate,
         "finetune_steps": finetune_steps,
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,

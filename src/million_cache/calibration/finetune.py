@@ -241,7 +241,7 @@ def useful_sequences(sequences: list[Tensor], recent_tokens: int, sink_tokens: i
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
+def frozen(model: PreTrainedModel) -> Iterator[None]:
     """No parameter of the model wants a gradient."""
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -311,7 +311,7 @@ def finetune(
         return found
 
     saved = saved or Checkpoint()
-    with _frozen(model):
+    with frozen(model):
         best, best_step = [c.clone() for c in average], 0
         share, queue, done = 1.0, [], 0
         state = {

@@ -34,6 +34,16 @@ DAMPING = 0.1
 KEY_POWER, VALUE_POWER = 0.5, 1.0
 
 
+def backward_of_drawn_tokens(model: PreTrainedModel, ids: Tensor, generator: torch.Generator) -> None:
+    """One forward of token ids [T], and one backward pass of the negative log-likelihood of tokens drawn from the predictions."""
+    ids = ids[None].to(model.device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
+    drawn = [
+        torch.multinomial(part.softmax(-1).cpu(), 1, generator=generator)[:, 0] for part in logits.detach().split(DRAW)
+    ]
+    F.cross_entropy(logits, torch.cat(drawn).to(logits.device), reduction="sum").backward()
+
+
 def measure_sensitivity(
     model: PreTrainedModel,
     sequences: list[Tensor],
@@ -86,14 +96,7 @@ def measure_sensitivity(
         return out.transpose(0, 1)[None], None
 
     def run(ids: Tensor, keep: Tensor) -> dict[str, Tensor]:
-        ids = ids[None].to(model.device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
-        drawn = [
-            torch.multinomial(part.softmax(-1).cpu(), 1, generator=generator)[:, 0]
-            for part in logits.detach().split(DRAW)
-        ]
-        F.cross_entropy(logits, torch.cat(drawn).to(logits.device), reduction="sum").backward()
-        del logits
+        backward_of_drawn_tokens(model, ids, generator)
         found = {}
         for i, shifts in copies.items():
             g, h = (torch.zeros_like(s) if s.grad is None else s.grad for s in shifts)
