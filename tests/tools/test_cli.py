@@ -13,7 +13,7 @@ from million_cache import PRESETS, Codebooks
 from million_cache.calibration.finetune import CentroidAdam
 from million_cache.card import CARD_NAME
 from million_cache.cli import Preset
-from million_cache.codebook import CONFIG_NAME, TENSORS_NAME
+from million_cache.codebook import CONFIG_NAME, TENSORS_NAME, LayerReport
 from million_cache.evaluate import evaluate
 from million_cache.loading import shipped_text
 from million_cache.report import poor_heads
@@ -120,6 +120,21 @@ def test_poor_heads_are_named(books):
     assert times > 3 and ratio == pytest.approx(float(bad[1].mean() / report[1].k_energy[1].mean()))
 
 
+def test_heads_with_fewer_bits_are_no_poor_heads(books):
+    """They are compared with heads that have as many."""
+
+    def layer(subspaces, ratio):
+        energy = torch.ones(8, subspaces)
+        return LayerReport(energy, ratio * energy, energy, ratio * energy)
+
+    report = {0: layer(8, 0.1), 1: layer(8, 0.1), 2: layer(4, 0.5)}
+    assert poor_heads(replace(books, report=report)) == []
+    report[2].v_distortion[3] *= 10
+    ((number, kind, head, ratio, times),) = poor_heads(replace(books, report=report))
+    assert (number, kind, head) == (2, "values", 3)
+    assert (ratio, times) == (pytest.approx(5), pytest.approx(10))
+
+
 def test_calibrate_several_presets_at_once(million, model_dir, tmp_path):
     run = ("calibrate", "--model", model_dir, "--tokens", 2048, "--context", 512, "--finetune-steps", 1, "--compact")
     result = million(*run, "--preset", "1bit", "--preset", "2bit", "--out", tmp_path / "both")
@@ -130,6 +145,36 @@ def test_calibrate_several_presets_at_once(million, model_dir, tmp_path):
     assert torch.equal(both.layers[1].v_codebook, alone.layers[1].v_codebook)
     assert both.compact and both.provenance["finetune_steps"] == 1
     assert other.config.bits_per_element == 2
+
+
+def test_calibrate_allocates_bits(million, model_dir, tmp_path):
+    out, picture, scores = tmp_path / "books", tmp_path / "books.png", tmp_path / "scores.json"
+    result = million(
+        "calibrate", "--model", model_dir, "--preset", "2bit", "--tokens", 2048, "--context", 512, "--allocate", "--out", out
+    )  # fmt: skip
+    assert calibrated(result, out)["allocate"] is True
+    books = Codebooks.from_pretrained(out)
+    assert len(books.config.allocation) == 2 and books.config.bits_per_element <= 2
+    assert len({k for k, _ in books.config.allocation}) == 2  # else the tables below are of the plain kind
+    result = million("inspect", out, "--plot", picture)
+    assert result.exit_code == 0, result.stderr
+    assert "nan" not in result.stdout and picture.stat().st_size > 10_000
+    for layer in (0, 1):
+        result = million("inspect", out, "--layer", layer)
+        assert result.exit_code == 0, result.stderr
+        k, v = books.config.allocation[layer]
+        assert f" {64 // min(k, v) - 1} " in result.stdout and f" {64 // min(k, v)} " not in result.stdout
+    result = million(
+        "evaluate", "--model", model_dir, "--codebooks", out, "--context", 256, "--chunks", 1, "--json", scores
+    )
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(scores.read_text())
+    assert found["bits_per_element"] == pytest.approx(books.config.bits_per_element)
+    assert found["config"]["allocation"] == [list(pair) for pair in books.config.allocation]
+    assert_says(
+        million("calibrate", "--model", model_dir, "--out", out, "--allocate", "--sensitivity-tokens", 0),
+        "allocate needs",
+    )
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

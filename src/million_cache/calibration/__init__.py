@@ -91,16 +91,21 @@ def _candidates(config: PQConfig) -> list[PQConfig]:
 
 
 def _put_together(
-    found: dict[int, tuple[int, int]], books: list[dict[int, LayerCodebooks]], reports: list[dict[int, LayerReport]]
-) -> tuple[dict[int, LayerCodebooks], dict[int, LayerReport]]:
-    """Layers whose keys are one candidate's and values another's, by the channels a code that were ``found`` for each."""
+    costs: dict[int, Tensor],
+    config: PQConfig,
+    books: list[dict[int, LayerCodebooks]],
+    reports: list[dict[int, LayerReport]],
+) -> tuple[PQConfig, dict[int, LayerCodebooks], dict[int, LayerReport]]:
+    """The configuration with its bits allocated by ``costs``, and layers with the keys of one of its candidates and the values of another."""
+    budget, head_dim = (config.k_subspace_dim, config.v_subspace_dim), next(iter(books[0].values())).head_dim
+    found = choose(costs, served_pairs(head_dim, budget), budget)
     layers, report = {}, {}
     for i, (k, v) in sorted(found.items()):
         of_keys, of_values = SUBSPACE_DIMS.index(k), SUBSPACE_DIMS.index(v)
         layers[i] = replace(books[of_keys][i], v_codebook=books[of_values][i].v_codebook)
         values = reports[of_values][i]
         report[i] = replace(reports[of_keys][i], v_energy=values.v_energy, v_distortion=values.v_distortion)
-    return layers, report
+    return replace(config, allocation=[found[i] for i in sorted(found)]), layers, report
 
 
 def _loaded_or(
@@ -309,10 +314,7 @@ def calibrate_all(
                     model, [sequences[i] for i in chosen], dict(zip(SUBSPACE_DIMS, books)), config.recent_tokens,
                     config.sink_tokens, generator, partial(bar.advance, task), saved, f"allocation-{n}",
                 )  # fmt: skip
-                budget = config.k_subspace_dim, config.v_subspace_dim
-                found = choose(costs, served_pairs(next(iter(layers.values())).head_dim, budget), budget)
-                layers, report = _put_together(found, books, reports)
-                config = replace(config, allocation=[found[i] for i in sorted(found)])
+                config, layers, report = _put_together(costs, config, books, reports)
             tuned = {}
             if finetune_steps:
                 title = title.replace("Training codebooks", "Fine-tuning")
