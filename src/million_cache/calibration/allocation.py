@@ -8,7 +8,7 @@ in it, exactly. It adds over layers and over keys and values, so the best choice
 
 SmolLM2: the sums over all layers are 0.5 to 0.8 of the measured KL with all keys, or all values, at one width. What does not do:
 products of a key's or value's own gradient and error, summed token by token as if they were independent, make values look
-four to seven times too cheap. KVTuner (arXiv 2502.04420) and QAQ (arXiv 2403.04643) choose bits by layer for scalar quantisers.
+three to seven times too cheap. KVTuner (arXiv 2502.04420) and QAQ (arXiv 2403.04643) choose bits by layer for scalar quantisers.
 """
 
 from __future__ import annotations
