@@ -401,11 +401,11 @@ class MillionStaticCache(StaticCache):
         H, D, B = kv_heads(text), head_dim(text), batch_size
         quantised = full_attention_layers(text)
         total = 3 * 8 + 2 * 4 * B  # clock, start, origin
-        dims = pq.k_subspace_dim, pq.v_subspace_dim
-        # fp32: the choice between the layouts of one device does not change their size, and needs the device.
-        for layout, d in zip(million_ops.layouts_for(device_type, D, *dims, torch.float32), dims):
-            total += len(quantised) * math.prod(layout.packed_shape(B, H, max_cache_len, D // d))
-            total += len(quantised) * B * H * D * (pq.recent_tokens + pq.sink_tokens) * dtype.itemsize
+        for dims in pq.subspace_dims(len(quantised)):
+            # fp32: the choice between the layouts of one device does not change their size, and needs the device.
+            for layout, d in zip(million_ops.layouts_for(device_type, D, *dims, torch.float32), dims):
+                total += math.prod(layout.packed_shape(B, H, max_cache_len, D // d))
+                total += B * H * D * (pq.recent_tokens + pq.sink_tokens) * dtype.itemsize
         for i, layer in enumerate(StaticCache(config=config, max_cache_len=max_cache_len).layers):
             if i not in quantised and isinstance(layer, StaticLayer):
                 total += 2 * B * H * D * layer.max_cache_len * dtype.itemsize + 8

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from million_cache.codebook import Codebooks
+    from million_cache.config import PQConfig
 
 CARD_NAME = "README.md"
 MARK = "<!-- written by million_cache: replaced when the codebooks are saved again -->"
@@ -51,7 +52,7 @@ def model_card(codebooks: Codebooks) -> str:
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         MARK,
-        f"# {config.bits_per_element:g}-bit codebooks for the KV cache of {base or 'a ' + f.model_type + ' model'}",
+        f"# {config.bits_per_element:.4g}-bit codebooks for the KV cache of {base or 'a ' + f.model_type + ' model'}",
         "Product-quantisation codebooks for [MILLION](https://arxiv.org/abs/2504.03661), a key-value cache of codes for Hugging "
         "Face transformers. They hold no weights: they go with the model they were calibrated on, and are refused for any other.",
         _usage(base),
@@ -59,7 +60,7 @@ def model_card(codebooks: Codebooks) -> str:
         _table(
             {
                 "model": shape,
-                "bits a cached element": f"{config.bits_per_element:g} (keys {8 / config.k_subspace_dim:g}, values {8 / config.v_subspace_dim:g})",
+                "bits a cached element": _bits(config),
                 "layers with codes": f"{len(codebooks.layers)} of {f.num_layers}",
                 "exact tokens": f"the last {config.recent_tokens} and the first {config.sink_tokens}",
                 "RoPE frames": f"{config.frame_tokens} tokens" if config.frame_tokens else "none",
@@ -82,6 +83,12 @@ def model_card(codebooks: Codebooks) -> str:
             known["KL on text not trained on"] = f"{held_out['kl']:.5f} ({held_out['tokens']} tokens)"
         parts += ["## Calibration", _table(known)]
     return "\n\n".join(parts) + "\n"
+
+
+def _bits(config: PQConfig) -> str:
+    keys, values = config.kv_bits
+    apart = ", each layer's own" if config.allocation else ""
+    return f"{config.bits_per_element:.4g} (keys {keys:.3g}, values {values:.3g}{apart})"
 
 
 def _base_model(provenance: dict[str, Any]) -> str | None:

@@ -127,6 +127,13 @@ def calibrate(
     sensitivity_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens that also run backwards, for better codebooks; 0: none, faster.")
     ] = 8192,
+    allocate: Annotated[
+        bool,
+        typer.Option(
+            "--allocate",
+            help="Layers, keys and values get bits of their own, by what the predictions lose, within the preset's bytes.",
+        ),
+    ] = False,
     finetune_steps: Annotated[
         int,
         typer.Option(
@@ -150,11 +157,19 @@ def calibrate(
     compact: Annotated[
         bool, typer.Option("--compact", help="Store in less than half the space, at up to 1 % more distortion.")
     ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Forget what an interrupted run left in OUT/unfinished, instead of going on."),
+    ] = False,
     device: Device = "cpu",
     dtype: ModelDtype = None,
 ) -> None:
-    """Train codebooks for a model on a text and write them to a directory; several presets share the work."""
+    """Train codebooks for a model on a text and write them to a directory; several presets share the work.
+
+    After an interruption the same command goes on: what is finished is kept in OUT/unfinished until the codebooks are written.
+    """
     with mistakes():
+        from million_cache.calibration.checkpoint import delete_checkpoint, is_checkpoint
         from million_cache.codebook import Codebooks
         from million_cache.config import PQConfig
         from million_cache.evaluate import with_window
@@ -171,27 +186,39 @@ def calibrate(
         configs = [with_window(PQConfig.preset(p.value), recent, sinks) for p in preset]
         if held_out and held_out <= (exact := configs[0].recent_tokens + configs[0].sink_tokens):
             raise ValueError(f"--held-out {held_out} tokens would all stay exact: give more than {exact}, or 0")
+        unfinished = outs[0] / "unfinished"
+        if restart:
+            delete_checkpoint(unfinished)
+        elif is_checkpoint(unfinished):
+            err.print(f"Going on with the calibration in {unfinished}.", soft_wrap=True)
         loaded, tokenizer = _load(model, device, dtype)
-        found = calibrate_text(
-            loaded,
-            tokenizer,
-            body,
-            source,
-            configs,
-            tokens,
-            context,
-            seed=seed,
-            sensitivity_tokens=sensitivity_tokens,
-            finetune_steps=finetune_steps,
-        )
+        try:
+            found = calibrate_text(
+                loaded,
+                tokenizer,
+                body,
+                source,
+                configs,
+                tokens,
+                context,
+                seed=seed,
+                sensitivity_tokens=sensitivity_tokens,
+                allocate=allocate,
+                finetune_steps=finetune_steps,
+                resume_dir=unfinished,
+            )
+        except KeyboardInterrupt:
+            err.print(f"Interrupted. The same command goes on from {unfinished}.", soft_wrap=True)
+            raise
         for codebooks, directory in zip(found, outs):
             codebooks.provenance |= {"model": model, **origin(model)}
             codebooks.save_pretrained(directory, compact=compact)
             size, bits = codebooks.nbytes / 1e6, codebooks.config.bits_per_element
-            err.print(f"Wrote {directory} ({size:.1f} MB of codebooks, {bits:g} bit).")
+            err.print(f"Wrote {directory} ({size:.1f} MB of codebooks, {bits:.4g} bit).")
             for layer, kind, head, ratio, times in poor_heads(codebooks)[:MOST_POOR]:
                 said = f"layer {layer}, {kind} of KV head {head}: distortion is {ratio:.3f} of the energy, {times:.1f} times the upper quartile of the heads"
                 err.print(Text.assemble(("warning: ", "yellow"), said), soft_wrap=True)
+        delete_checkpoint(unfinished)
         if held_out == 0:
             return
         written = [Codebooks.from_pretrained(directory) for directory in outs]  # as they will be used
@@ -199,7 +226,7 @@ def calibrate(
         for codebooks, value, directory in zip(written, kl, outs):
             codebooks.save_pretrained(directory)
             unseen, bits = codebooks.provenance["held_out"]["tokens"], codebooks.config.bits_per_element
-            err.print(f"KL to the dense cache on {unseen} tokens not trained on: {value:.5f} ({bits:g} bit).")
+            err.print(f"KL to the dense cache on {unseen} tokens not trained on: {value:.5f} ({bits:.4g} bit).")
         if not kl:
             err.print("The text has no tokens left to measure on.")
 

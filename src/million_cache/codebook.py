@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 FORMAT = "million-codebooks"
-FORMAT_VERSION = 2  # of compact storage; 1, which has none, is written otherwise, for older releases to read
+FORMAT_VERSION = (
+    3  # of layers with bits of their own; else 2 of compact storage, and 1 without it, for older releases to read
+)
 TENSORS_NAME = "million_codebooks.safetensors"
 CONFIG_NAME = "million_config.json"
 
@@ -127,8 +129,11 @@ class LayerCodebooks:
         found["k_transform_inv"] = invert(found["k_transform"].double()).float()
         return found
 
-    def check(self, config: PQConfig, where: str) -> None:
-        """Raise ValueError, beginning with ``where``, unless shapes, dtypes and values fit each other and ``config``."""
+    def check(self, config: PQConfig, where: str, dims: tuple[int, int] | None = None) -> None:
+        """Raise ValueError, beginning with ``where``, unless shapes, dtypes and values fit each other and ``config``.
+
+        ``dims``: channels a code of keys and of values; None: those of ``config``, which allocates none to single layers.
+        """
 
         def need(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
@@ -141,7 +146,7 @@ class LayerCodebooks:
                 f"{where}: k_transform must be [kv_heads, head_dim, head_dim], got {list(self.k_transform.shape)}"
             )
         H, D = self.k_transform.shape[:2]
-        for name, d in (("k", config.k_subspace_dim), ("v", config.v_subspace_dim)):
+        for name, d in zip("kv", dims or (config.k_subspace_dim, config.v_subspace_dim)):
             need(getattr(self, f"{name}_codebook"), f"{name}_codebook", (H, CENTROIDS, D // d, d), torch.float16)
         need(self.k_transform, "k_transform", (H, D, D), torch.float32)
         need(self.k_transform_inv, "k_transform_inv", (H, D, D), torch.float32)
@@ -202,8 +207,8 @@ class Codebooks:
             raise ValueError(
                 f"codebooks are needed for layers {list(self.fingerprint.full_attention_layers)}, got {sorted(self.layers)}"
             )
-        for i, layer in self.layers.items():
-            layer.check(self.config, f"layer {i}")
+        for i, dims in zip(sorted(self.layers), self.config.subspace_dims(len(self.layers))):
+            self.layers[i].check(self.config, f"layer {i}", dims)
 
     @property
     def nbytes(self) -> int:
@@ -237,7 +242,7 @@ class Codebooks:
             save_file(self._named_tensors(compact), staging / TENSORS_NAME, metadata={"format": FORMAT})
             header = {
                 "format": FORMAT,
-                "format_version": FORMAT_VERSION if compact else 1,
+                "format_version": FORMAT_VERSION if self.config.allocation else 2 if compact else 1,
                 "storage": "compact" if compact else "full",
                 "tensors_sha256": _sha256(staging / TENSORS_NAME),
                 "config": self.config.to_dict(),
@@ -416,8 +421,8 @@ def _read_header(path: Path) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{path} does not describe {FORMAT}")
     version = header.get("format_version")
-    if version not in (1, FORMAT_VERSION):
-        raise ValueError(f"{path} has format version {version!r}; this release reads versions 1 and {FORMAT_VERSION}")
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise ValueError(f"{path} has format version {version!r}; this release reads versions 1 to {FORMAT_VERSION}")
     if header.get("storage", "full") not in ("full", "compact"):
         raise ValueError(f"{path}: unknown storage {header['storage']!r}")
     return header

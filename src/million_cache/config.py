@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from million_ops.layout import SUBSPACE_DIMS
 
@@ -20,6 +22,9 @@ class PQConfig:
             low bits and cost work in attention.
         recent_tokens: tokens a query sees exactly, its own included; 0 and 1 both leave only its own.
         sink_tokens: first tokens of a sequence, kept exact for ever.
+        allocation: channels a code of (keys, values) of each quantised layer, in their order, where the layers differ
+            (``calibrate(allocate=True)``); then ``k_subspace_dim`` and ``v_subspace_dim`` are those of the budget. Empty: the
+            same for all.
 
     Raises:
         ValueError: a value out of range.
@@ -30,6 +35,7 @@ class PQConfig:
     frame_tokens: int
     recent_tokens: int = 128
     sink_tokens: int = 4
+    allocation: Sequence[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
         for name in ("k_subspace_dim", "v_subspace_dim"):
@@ -39,6 +45,10 @@ class PQConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+        pairs = tuple(tuple(pair) for pair in self.allocation)  # JSON has lists
+        if any(len(pair) != 2 or not set(pair) <= set(SUBSPACE_DIMS) for pair in pairs):
+            raise ValueError(f"allocation must be pairs of {SUBSPACE_DIMS}, got {self.allocation!r}")
+        object.__setattr__(self, "allocation", pairs)
 
     @classmethod
     def preset(cls, name: str) -> PQConfig:
@@ -47,14 +57,26 @@ class PQConfig:
             raise ValueError(f"unknown preset {name!r}, choose one of {', '.join(PRESETS)}")
         return PRESETS[name]
 
+    def subspace_dims(self, layers: int) -> tuple[tuple[int, int], ...]:
+        """Channels a code of (keys, values) of each of a model's quantised layers. Raises ValueError if they are allocated to another number."""
+        if len(self.allocation) not in (0, layers):
+            raise ValueError(f"bits are allocated to {len(self.allocation)} layers, got {layers}")
+        return self.allocation or ((self.k_subspace_dim, self.v_subspace_dim),) * layers
+
+    @property
+    def kv_bits(self) -> tuple[float, float]:
+        """Mean bits of an element of the cached keys and of the values, codes alone."""
+        pairs = self.allocation or self.subspace_dims(1)
+        return tuple(sum(8 / d for d in dims) / len(pairs) for dims in zip(*pairs))
+
     @property
     def bits_per_element(self) -> float:
         """Mean bits of a cached element, codes alone."""
-        return 4 / self.k_subspace_dim + 4 / self.v_subspace_dim
+        return sum(self.kv_bits) / 2
 
-    def to_dict(self) -> dict[str, int]:
-        """Plain dictionary, the inverse of ``PQConfig(**d)``."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary, the inverse of ``PQConfig(**d)``; without ``allocation`` if that is empty."""
+        return {k: v for k, v in asdict(self).items() if k != "allocation" or v}
 
 
 PRESETS = {

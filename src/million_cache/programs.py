@@ -69,7 +69,7 @@ def calibrate_text(
         configs: with the same window and sinks.
         tokens: how many to use, in whole contexts: the rest of the division is left out.
         context: tokens of one forward.
-        options: for `calibrate_all`: ``seed``, ``sensitivity_tokens``, ``finetune_steps``.
+        options: for `calibrate_all`: ``seed``, ``sensitivity_tokens``, ``allocate``, ``finetune_steps``, ``resume_dir``.
 
     Raises:
         UserError: the text holds fewer tokens.

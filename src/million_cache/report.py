@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from million_cache.loading import UserError, atomic_path
 
@@ -21,16 +22,17 @@ KINDS = ("k", "v")
 def stacked(codebooks: Codebooks, kind: str) -> tuple[Tensor, Tensor]:
     """Energy and distortion of keys (``"k"``) or values (``"v"``), each ``[layers, KV heads, subspaces]`` fp32.
 
+    NaN behind the last subspace of layers that have fewer than others.
+
     Raises:
         UserError: the codebooks carry no report (they were not made by `calibrate`).
     """
     if not codebooks.report:
         raise UserError("these codebooks carry no report: they were not made by `million calibrate`")
     reports = [codebooks.report[i] for i in sorted(codebooks.report)]
-    return (
-        torch.stack([getattr(x, f"{kind}_energy") for x in reports]),
-        torch.stack([getattr(x, f"{kind}_distortion") for x in reports]),
-    )
+    energy, distortion = ([getattr(x, f"{kind}_{what}").T for x in reports] for what in ("energy", "distortion"))
+    # By subspace first, as pad_sequence pads the first dimension.
+    return tuple(pad_sequence(x, True, torch.nan).transpose(1, 2) for x in (energy, distortion))
 
 
 POOR = 3.0  # times the distortion that three quarters of the heads stay under
@@ -38,16 +40,20 @@ POOR = 3.0  # times the distortion that three quarters of the heads stay under
 
 def poor_heads(codebooks: Codebooks) -> list[tuple[int, str, int, float, float]]:
     """Heads that quantise badly, the worst first: layer, "keys" or "values", KV head, distortion over energy, and
-    that in multiples of the upper quartile of all heads (of which there must be more than three for one to stand out).
+    that in multiples of the upper quartile of all heads with as many bits (of which there must be more than three for one to
+    stand out).
 
     Raises:
         UserError: no report.
     """
     found = []
     for kind, name in zip(KINDS, ("keys", "values")):
-        energy, distortion = (x.mean(-1) for x in stacked(codebooks, kind))
-        ratio = distortion / energy.clamp(min=1e-30)
-        times = ratio / ratio.quantile(0.75).clamp(min=1e-30)
+        energy, distortion = stacked(codebooks, kind)
+        subspaces = (~energy.isnan()).sum(-1)
+        ratio = distortion.nanmean(-1) / energy.nanmean(-1).clamp(min=1e-30)
+        times = torch.zeros_like(ratio)
+        for same in (subspaces == count for count in subspaces.unique()):
+            times[same] = ratio[same] / ratio[same].quantile(0.75).clamp(min=1e-30)
         layers = sorted(codebooks.report)
         for row, head in (times > POOR).nonzero().tolist():
             found.append((layers[row], name, head, ratio[row, head].item(), times[row, head].item()))
@@ -67,7 +73,7 @@ def layer_table(codebooks: Codebooks) -> Table:
     for row, layer in enumerate(sorted(codebooks.report)):
         cells = [str(layer)]
         for energy, distortion in parts:
-            e, d = energy[row].mean(-1), distortion[row].mean(-1)
+            e, d = energy[row].nanmean(-1), distortion[row].nanmean(-1)
             ratio = d / e.clamp(min=1e-30)
             worst = int(ratio.argmax())
             cells += [
@@ -141,6 +147,6 @@ def plot(codebooks: Codebooks, path: Path) -> None:
             axis.set_yticks([i * heads for i in range(0, len(layers), step)], [str(i) for i in layers[::step]])
             figure.colorbar(image, ax=axis)
     config = codebooks.config
-    figure.suptitle(f"{config.bits_per_element:g} bit codebooks, frames of {config.frame_tokens} tokens")
+    figure.suptitle(f"{config.bits_per_element:.4g} bit codebooks, frames of {config.frame_tokens} tokens")
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=120)

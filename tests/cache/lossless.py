@@ -52,8 +52,8 @@ def lossless_codebooks(model, recordings: list[RecordingCache], config: PQConfig
     """
     text = model.config.get_text_config(decoder=True)
     rotations = measure_rotations(model)
-    layers = {}
-    for i in full_attention_layers(text):
+    layers, quantised = {}, full_attention_layers(text)
+    for i, (k_dim, v_dim) in zip(quantised, config.subspace_dims(len(quantised))):
         rotation = rotations[i]
         inv_freq = None if rotation.inv_freq is None else rotation.inv_freq.cpu()
         frame_tokens = config.frame_tokens if inv_freq is not None else 0
@@ -81,8 +81,8 @@ def lossless_codebooks(model, recordings: list[RecordingCache], config: PQConfig
                 keys.append(x.transpose(0, 1).reshape(H, B * n, D)[:, keep])
                 values.append(v.float().transpose(0, 1).reshape(H, B * n, D)[:, keep])
         layers[i] = LayerCodebooks(
-            k_codebook=_codebook(torch.cat(keys, 1), config.k_subspace_dim),
-            v_codebook=_codebook(torch.cat(values, 1), config.v_subspace_dim),
+            k_codebook=_codebook(torch.cat(keys, 1), k_dim),
+            v_codebook=_codebook(torch.cat(values, 1), v_dim),
             k_transform=transform,
             k_transform_inv=invert(transform),
             inv_freq=inv_freq,

@@ -404,10 +404,10 @@ def test_foreign_config(saved, text, message):
         Codebooks.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("version", [0, 3, None, "1"])
+@pytest.mark.parametrize("version", [0, 4, None, "1"])
 def test_unknown_format_version(saved, version):
     edit_header(saved, lambda h: h.update(format_version=version))
-    with pytest.raises(ValueError, match="this release reads versions 1 and 2"):
+    with pytest.raises(ValueError, match="this release reads versions 1 to 3"):
         Codebooks.from_pretrained(saved)
 
 

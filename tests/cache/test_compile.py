@@ -17,7 +17,8 @@ from million_cache import MillionStaticCache, PQConfig, disable, enable
 from tests.cache.lossless import RecordingCache, lossless_codebooks
 from tests.cache.tiny_models import tiny_llama
 
-CONFIG = PQConfig(k_subspace_dim=2, v_subspace_dim=4, frame_tokens=8, recent_tokens=4, sink_tokens=2)
+# Layers that differ in everything they can differ in.
+CONFIG = PQConfig(2, 4, frame_tokens=8, recent_tokens=4, sink_tokens=2, allocation=[(2, 4), (8, 2)])
 MAX_LEN = 64
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import million_ops
+from million_cache.calibration.checkpoint import Checkpoint
 from million_cache.calibration.finetune import CentroidAdam, QuantisedModel, decoded, finetune, nearest
 from million_cache.config import PQConfig
 from million_cache.evaluate import evaluate
@@ -30,13 +31,13 @@ def untuned():
     return model, replace(books, layers=layers)
 
 
-def tuned(untuned, steps: int, ids=None, learning_rate: float = 0.1):
+def tuned(untuned, steps: int, ids=None, learning_rate: float = 0.1, saved=None):
     """What `finetune` makes of them, and the held-out KL that it told of after each step."""
     model, books = untuned
     seen: list[float] = []
     found = finetune(
         model, list(tokens(2400, seed=9).view(12, 200) if ids is None else ids), books.layers, 16, 2, steps,
-        torch.Generator().manual_seed(0), learning_rate=learning_rate, advance=seen.append,
+        torch.Generator().manual_seed(0), learning_rate=learning_rate, advance=seen.append, saved=saved,
     )  # fmt: skip
     return found, seen
 
@@ -115,6 +116,43 @@ def test_fine_tuning_leaves_the_model_alone_and_is_deterministic(untuned):
     assert not same_centroids(one.layers, books.layers)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("bad_step", [None, 4])
+def test_fine_tuning_goes_on_bit_for_bit(untuned, tmp_path, monkeypatch, bad_step):
+    """Whichever step it was interrupted after; also when it has gone back to the best state at a lower rate."""
+    step, calls = CentroidAdam.step, []
+
+    def sometimes_bad(self, rate):
+        calls.append(rate)
+        step(self, 1000 * rate if self.steps + 1 == bad_step and len(calls) == bad_step else rate)
+
+    monkeypatch.setattr(CentroidAdam, "step", sometimes_bad)
+    want, seen = tuned(untuned, 8)
+    assert want.step == 8 and want.after < want.before
+    rates, calls[:] = list(calls), []
+    advanced = 0
+    while advanced < 8:
+        with monkeypatch.context() as patch:
+            if advanced < 7:
+                save, kept = Checkpoint.save, []
+
+                def interrupted(self, *args, save=save, kept=kept, **kw):
+                    if kept:
+                        raise KeyboardInterrupt
+                    kept.append(save(self, *args, **kw))
+
+                patch.setattr(Checkpoint, "save", interrupted)
+            try:
+                found, told = tuned(untuned, 8, saved=Checkpoint(tmp_path))
+                advanced = 8
+            except KeyboardInterrupt:
+                calls.pop()  # the step that was lost
+                advanced += 1
+    assert calls == rates
+    assert told[-1] == seen[-1] and len(told) == 8
+    assert (found.before, found.after, found.step) == (want.before, want.after, want.step)
+    assert same_centroids(found.layers, want.layers)
 
 
 def test_fine_tuning_needs_something_beyond_the_window_and_something_to_hold_out(untuned):

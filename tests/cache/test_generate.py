@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -162,11 +163,14 @@ def test_inputs_embeds(model, padded, batch):
     assert_same_text(want, got)
 
 
+MIXED = replace(CONFIG, allocation=[(8, 2), (2, 4)])
+
+
 @pytest.mark.parametrize(
-    "config", [CONFIG, PQConfig(8, 8, 0, 0, 0), PQConfig(4, 2, 16, 1, 0), PQConfig(2, 2, 8, 64, 8)], ids=str
+    "config", [CONFIG, MIXED, PQConfig(8, 8, 0, 0, 0), PQConfig(4, 2, 16, 1, 0), PQConfig(2, 2, 8, 64, 8)], ids=str
 )
 def test_every_window(model, config):
-    """No window, no sinks, no frames, and a window longer than the run."""
+    """No window, no sinks, no frames, and a window longer than the run; layers with bits of their own."""
     ids = prompt(model, 2)
     want, got, _ = dense_then_million(
         model, lambda cache: model.generate(ids, past_key_values=cache(), **GREEDY), config

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from million_cache import PRESETS, Codebooks
+from million_cache.calibration.finetune import CentroidAdam
 from million_cache.card import CARD_NAME
 from million_cache.cli import Preset
-from million_cache.codebook import CONFIG_NAME, TENSORS_NAME
+from million_cache.codebook import CONFIG_NAME, TENSORS_NAME, LayerReport
 from million_cache.evaluate import evaluate
 from million_cache.loading import shipped_text
 from million_cache.report import poor_heads
@@ -119,6 +120,21 @@ def test_poor_heads_are_named(books):
     assert times > 3 and ratio == pytest.approx(float(bad[1].mean() / report[1].k_energy[1].mean()))
 
 
+def test_heads_with_fewer_bits_are_no_poor_heads(books):
+    """They are compared with heads that have as many."""
+
+    def layer(subspaces, ratio):
+        energy = torch.ones(8, subspaces)
+        return LayerReport(energy, ratio * energy, energy, ratio * energy)
+
+    report = {0: layer(8, 0.1), 1: layer(8, 0.1), 2: layer(4, 0.5)}
+    assert poor_heads(replace(books, report=report)) == []
+    report[2].v_distortion[3] *= 10
+    ((number, kind, head, ratio, times),) = poor_heads(replace(books, report=report))
+    assert (number, kind, head) == (2, "values", 3)
+    assert (ratio, times) == (pytest.approx(5), pytest.approx(10))
+
+
 def test_calibrate_several_presets_at_once(million, model_dir, tmp_path):
     run = ("calibrate", "--model", model_dir, "--tokens", 2048, "--context", 512, "--finetune-steps", 1, "--compact")
     result = million(*run, "--preset", "1bit", "--preset", "2bit", "--out", tmp_path / "both")
@@ -131,8 +147,38 @@ def test_calibrate_several_presets_at_once(million, model_dir, tmp_path):
     assert other.config.bits_per_element == 2
 
 
+def test_calibrate_allocates_bits(million, model_dir, tmp_path):
+    out, picture, scores = tmp_path / "books", tmp_path / "books.png", tmp_path / "scores.json"
+    result = million(
+        "calibrate", "--model", model_dir, "--preset", "2bit", "--tokens", 2048, "--context", 512, "--allocate", "--out", out
+    )  # fmt: skip
+    assert calibrated(result, out)["allocate"] is True
+    books = Codebooks.from_pretrained(out)
+    assert len(books.config.allocation) == 2 and books.config.bits_per_element <= 2
+    assert len({k for k, _ in books.config.allocation}) == 2  # else the tables below are of the plain kind
+    result = million("inspect", out, "--plot", picture)
+    assert result.exit_code == 0, result.stderr
+    assert "nan" not in result.stdout and picture.stat().st_size > 10_000
+    for layer in (0, 1):
+        result = million("inspect", out, "--layer", layer)
+        assert result.exit_code == 0, result.stderr
+        k, v = books.config.allocation[layer]
+        assert f" {64 // min(k, v) - 1} " in result.stdout and f" {64 // min(k, v)} " not in result.stdout
+    result = million(
+        "evaluate", "--model", model_dir, "--codebooks", out, "--context", 256, "--chunks", 1, "--json", scores
+    )
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(scores.read_text())
+    assert found["bits_per_element"] == pytest.approx(books.config.bits_per_element)
+    assert found["config"]["allocation"] == [list(pair) for pair in books.config.allocation]
+    assert_says(
+        million("calibrate", "--model", model_dir, "--out", out, "--allocate", "--sensitivity-tokens", 0),
+        "allocate needs",
+    )
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_calibration_leaves_nothing(million, model_dir, tmp_path, monkeypatch, error):
+def test_an_interrupted_save_leaves_no_half_codebooks(million, model_dir, tmp_path, monkeypatch, error):
     def interrupted(*args, **kwargs):
         raise error
 
@@ -141,7 +187,65 @@ def test_an_interrupted_calibration_leaves_nothing(million, model_dir, tmp_path,
         "calibrate", "--model", model_dir, "--preset", "1bit", "--tokens", 2048, "--out", tmp_path / "books"
     )
     assert result.exit_code != 0
-    assert list(tmp_path.iterdir()) == []
+    assert [x.name for x in (tmp_path / "books").iterdir()] == ["unfinished"]
+
+
+def test_an_interrupted_calibration_goes_on(million, model_dir, tmp_path, monkeypatch):
+    """Ctrl-C in the second of three steps of fine-tuning."""
+    run = (
+        "calibrate",
+        "--model",
+        model_dir,
+        "--preset",
+        "1bit",
+        "--tokens",
+        2048,
+        "--context",
+        512,
+        "--finetune-steps",
+        3,
+    )
+    want = million(*run, "--held-out", 0, "--out", tmp_path / "at-once")
+    assert want.exit_code == 0, want.stderr
+    out, step, steps = tmp_path / "books", CentroidAdam.step, []
+
+    def interrupted(self, rate):
+        steps.append(rate)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        step(self, rate)
+
+    monkeypatch.setattr(CentroidAdam, "step", interrupted)
+    result = million(*run, "--out", out)
+    assert result.exit_code != 0
+    assert "The same command goes on from" in result.stderr
+    assert [x.name for x in out.iterdir()] == ["unfinished"]
+    assert_says(million(*run, "--out", out, "--seed", 5), "seed (0, now 5)")
+    assert_says(million("evaluate", "--model", model_dir, "--codebooks", out), "not completely written")
+    result = million(*run, "--held-out", 0, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert "Going on with the calibration in" in result.stderr
+    assert len(steps) == 4  # the second again, and the third
+    assert {x.name for x in out.iterdir()} == {CONFIG_NAME, TENSORS_NAME, CARD_NAME}
+    assert (out / TENSORS_NAME).read_bytes() == (tmp_path / "at-once" / TENSORS_NAME).read_bytes()
+
+
+def test_an_interrupted_calibration_can_be_forgotten(million, model_dir, tmp_path, monkeypatch):
+    run = ("calibrate", "--model", model_dir, "--preset", "1bit", "--tokens", 2048, "--held-out", 0, "--out", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "million_cache.calibration.train_layer", lambda *args, **kw: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        assert million(*run).exit_code != 0
+    assert (tmp_path / "unfinished").is_dir()
+    result = million(*run, "--seed", 5, "--restart")
+    assert result.exit_code == 0, result.stderr
+    assert "Going on" not in result.stderr and not (tmp_path / "unfinished").exists()
+    assert Codebooks.from_pretrained(tmp_path).provenance["seed"] == 5
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "symphony.txt").write_text("in B minor")
+    for extra in ((), ("--restart",)):
+        assert_says(million(*run, *extra), "is not what an unfinished calibration leaves")
 
 
 # -- generate --------------------------------------------------------------------------------------------------------------

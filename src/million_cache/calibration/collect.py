@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from million_cache.calibration.checkpoint import Checkpoint
 from million_cache.models import evaluating, full_attention_layers
 
 ATTENTION = "million_calibration"
@@ -64,13 +66,15 @@ class LayerSample:
 
 @dataclass
 class _Recorder:
-    """Collects what the attention function sees. ``keep`` holds the rows of the current context to keep."""
+    """Collects what the attention function sees of one context. ``keep`` holds the rows to keep.
+
+    ``found`` has ``<layer>.keys``, ``.values`` and ``.moment``, as in `LayerSample`; ``calls`` the layers seen.
+    """
 
     layers: set[int]
     keep: Tensor | None = None
-    keys: dict[int, list[Tensor]] = field(default_factory=dict)
-    values: dict[int, list[Tensor]] = field(default_factory=dict)
-    moments: dict[int, Tensor] = field(default_factory=dict)
+    found: dict[str, Tensor] = field(default_factory=dict)
+    calls: list[int] = field(default_factory=list)
 
     def record(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         for name, x in (("queries", query), ("keys", key), ("values", value)):
@@ -79,12 +83,12 @@ class _Recorder:
                 head = bad.nonzero()[0].item() // (x.shape[1] // key.shape[1])
                 raise ValueError(f"layer {layer}, KV head {head}: the {name} hold NaN or inf")
         keep = self.keep.to(key.device)
-        for store, x in ((self.keys, key), (self.values, value)):
-            store.setdefault(layer, []).append(x[0].index_select(1, keep).cpu())
+        for name, x in (("keys", key), ("values", value)):
+            self.found[f"{layer}.{name}"] = x[0].index_select(1, keep).cpu()
         # [H, group * T, D]: KV head h serves the query heads h * group ..
         q = query[0].float().reshape(key.shape[1], -1, key.shape[3])
-        moment = (q.transpose(1, 2) @ q).double().cpu()
-        self.moments[layer] = self.moments.get(layer, 0) + moment
+        self.found[f"{layer}.moment"] = (q.transpose(1, 2) @ q).double().cpu()
+        self.calls.append(layer)
 
     def attention(self, module, query, key, value, attention_mask, **kwargs):
         """`sdpa_attention_forward` that looks on."""
@@ -112,7 +116,12 @@ def attending(model: PreTrainedModel, function: Callable) -> Iterator[None]:
 
 
 def collect(
-    model: PreTrainedModel, sequences: list[Tensor], skip: int, generator: torch.Generator, advance: Callable[[], None]
+    model: PreTrainedModel,
+    sequences: list[Tensor],
+    skip: int,
+    generator: torch.Generator,
+    advance: Callable[[], None],
+    saved: Checkpoint | None = None,
 ) -> tuple[dict[int, LayerSample], list[Tensor]]:
     """Run sequences of token ids through the model and sample its attention's inputs.
 
@@ -121,6 +130,7 @@ def collect(
         skip: first tokens of each sequence whose keys and values are left out (a cache keeps them exact).
         generator: chooses the rows, if there are more than `SAMPLE_TOKENS`.
         advance: called after each sequence.
+        saved: keeps each sequence's part, ``read-<number>``.
 
     Returns:
         Sample of each full-attention layer, and each sequence's rows: their positions [n] int64, the same for every layer.
@@ -130,28 +140,34 @@ def collect(
         NotImplementedError: the model does not call the attention function that transformers registers.
     """
     layers = full_attention_layers(model.config)
+    saved = saved or Checkpoint()
     recorder = _Recorder(set(layers))
     total = sum(len(s) - skip for s in sequences)
-    kept = []
+    kept, parts = [], []
+
+    def read(ids: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        recorder.keep, recorder.found, recorder.calls = rows, {}, []
+        ids = ids[None].to(model.device)
+        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        missing = [i for i in layers if recorder.calls.count(i) != 1]
+        if missing:
+            raise NotImplementedError(
+                f"{type(model).__name__} does not run its attention through transformers' AttentionInterface "
+                f"(layers {missing}), so its queries cannot be seen and its cache cannot be attended from codes"
+            )
+        return recorder.found
+
     with evaluating(model), attending(model, recorder.attention):
-        for ids in sequences:
+        for number, ids in enumerate(sequences):
             rows = torch.arange(skip, len(ids))
             if total > SAMPLE_TOKENS:
                 share = len(rows) * SAMPLE_TOKENS // total
                 rows = rows[torch.randperm(len(rows), generator=generator)[:share].sort().values]
-            recorder.keep = rows
             kept.append(rows)
-            ids = ids[None].to(model.device)
-            model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            missing = [i for i in layers if len(recorder.keys.get(i, ())) != len(kept)]
-            if missing:
-                raise NotImplementedError(
-                    f"{type(model).__name__} does not run its attention through transformers' AttentionInterface "
-                    f"(layers {missing}), so its queries cannot be seen and its cache cannot be attended from codes"
-                )
+            parts.append(saved.once(f"read-{number}", generator, partial(read, ids, rows)))
             advance()
-    samples = {
-        i: LayerSample(torch.cat(recorder.keys.pop(i), 1), torch.cat(recorder.values.pop(i), 1), recorder.moments[i])
-        for i in layers
-    }
+    samples = {}
+    for i in layers:
+        keys, values, moments = ([part.pop(f"{i}.{name}") for part in parts] for name in ("keys", "values", "moment"))
+        samples[i] = LayerSample(torch.cat(keys, 1), torch.cat(values, 1), sum(moments))
     return samples, kept

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from million_cache.calibration.checkpoint import GENERATOR, Checkpoint
 from million_cache.calibration.collect import attending
 from million_cache.calibration.kmeans import assign
 from million_cache.calibration.windowed import windowed_attention
@@ -59,12 +60,14 @@ class CentroidAdam:
     def __init__(self, parameters: list[Tensor]) -> None:
         self.parameters = parameters  # [H, 256, S, d] fp32 each, with gradients
         self.scales = [_spacing(p.detach()) for p in parameters]
-        self.reset()
+        self.first = [torch.zeros_like(p) for p in parameters]
+        self.second = [torch.zeros_like(p[..., :1]) for p in parameters]
+        self.steps = 0
 
     def reset(self) -> None:
         """Forget all gradients so far."""
-        self.first = [torch.zeros_like(p) for p in self.parameters]
-        self.second = [torch.zeros_like(p[..., :1]) for p in self.parameters]
+        for x in (*self.first, *self.second):
+            x.zero_()
         self.steps = 0
 
     def clear(self) -> None:
@@ -238,7 +241,7 @@ def useful_sequences(sequences: list[Tensor], recent_tokens: int, sink_tokens: i
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
+def frozen(model: PreTrainedModel) -> Iterator[None]:
     """No parameter of the model wants a gradient."""
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -261,6 +264,8 @@ def finetune(
     *,
     learning_rate: float = LEARNING_RATE,
     advance: Callable[[float], None] = lambda kl: None,
+    saved: Checkpoint | None = None,
+    name: str = "tuning",
 ) -> Finetuned:
     """Train the centroids of all layers together.
 
@@ -275,7 +280,8 @@ def finetune(
         steps: of gradient descent, at least 1.
         generator: on the CPU.
         learning_rate: the highest; how far a step moves a centroid, relative to the distance to its neighbour.
-        advance: called after each step with the last KL on the held-out sequences.
+        advance: called after each step, also one that was loaded, with the last KL on the held-out sequences.
+        saved, name: keeps the state after each step, in place of the one before, as the part ``name``.
 
     Raises:
         ValueError: fewer than 2 sequences are longer than the window.
@@ -304,11 +310,33 @@ def finetune(
         quantised.load(current)
         return found
 
-    with _frozen(model):
-        before = kl = score(average)
-        best, best_kl, best_step = [c.clone() for c in average], before, 0
-        share, queue = 1.0, []
-        for step in range(1, steps + 1):
+    saved = saved or Checkpoint()
+    with frozen(model):
+        best, best_step = [c.clone() for c in average], 0
+        share, queue, done = 1.0, [], 0
+        state = {
+            "now": quantised.centroids,
+            "average": average,
+            "best": best,
+            "first": optimiser.first,
+            "second": optimiser.second,
+        }
+        if found := saved.load(name):
+            tensors, scalars = found
+            generator.set_state(tensors.pop(GENERATOR))
+            with torch.no_grad():
+                for key, x in tensors.items():
+                    what, number = key.split(".")
+                    state[what][int(number)].copy_(x)
+            before, kl, best_kl, best_step, share, queue, done, optimiser.steps = (
+                scalars[x]
+                for x in ("before", "kl", "best_kl", "best_step", "share", "queue", "done", "optimiser_steps")
+            )
+            for _ in range(done):
+                advance(kl)
+        else:
+            before = kl = best_kl = score(average)
+        for step in range(done + 1, steps + 1):
             losses = []
             for _ in range(min(BATCH, len(training))):
                 queue = queue or torch.randperm(len(training), generator=generator).tolist()
@@ -338,6 +366,10 @@ def finetune(
                     best_kl, best_step = kl, step
                     for mine, mean in zip(best, average):
                         mine.copy_(mean)
+            saved.save(
+                name, {f"{what}.{i}": x for what, xs in state.items() for i, x in enumerate(xs)}, generator, before=before, kl=kl,
+                best_kl=best_kl, best_step=best_step, share=share, queue=queue, done=step, optimiser_steps=optimiser.steps,
+            )  # fmt: skip
             advance(kl)
         quantised.load(best)
         found = {i: layer.result() for i, layer in quantised.layers.items()}

@@ -13,6 +13,7 @@ each query sees its recent tokens and the sinks as they are, and only what lies 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from million_cache.calibration.checkpoint import Checkpoint
 from million_cache.calibration.collect import LayerSensitivity, attending
 from million_cache.calibration.windowed import windowed_attention
 from million_cache.models import evaluating, full_attention_layers
@@ -32,6 +34,16 @@ DAMPING = 0.1
 KEY_POWER, VALUE_POWER = 0.5, 1.0
 
 
+def backward_of_drawn_tokens(model: PreTrainedModel, ids: Tensor, generator: torch.Generator) -> None:
+    """One forward of token ids [T], and one backward pass of the negative log-likelihood of tokens drawn from the predictions."""
+    ids = ids[None].to(model.device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
+    drawn = [
+        torch.multinomial(part.softmax(-1).cpu(), 1, generator=generator)[:, 0] for part in logits.detach().split(DRAW)
+    ]
+    F.cross_entropy(logits, torch.cat(drawn).to(logits.device), reduction="sum").backward()
+
+
 def measure_sensitivity(
     model: PreTrainedModel,
     sequences: list[Tensor],
@@ -41,6 +53,7 @@ def measure_sensitivity(
     sink_tokens: int,
     generator: torch.Generator,
     advance: Callable[[], None] = lambda: None,
+    saved: Checkpoint | None = None,
 ) -> dict[int, LayerSensitivity]:
     """Gradients of quantised keys and values.
 
@@ -54,6 +67,7 @@ def measure_sensitivity(
         recent_tokens, sink_tokens: exact tokens of the cache.
         generator: on the CPU, draws the tokens.
         advance: called after each sequence.
+        saved: keeps each sequence's part, ``sensitivity-<number>``.
 
     Returns:
         For each full-attention layer, with N the rows of all sequences. All is zero where no query looks further back than
@@ -61,12 +75,11 @@ def measure_sensitivity(
     """
     layers = full_attention_layers(model.config)
     copies: dict[int, tuple[Tensor, Tensor]] = {}
-    moments: dict[int, Tensor] = {}
-    keys: dict[int, list[Tensor]] = {i: [] for i in layers}
-    values: dict[int, list[Tensor]] = {i: [] for i in layers}
+    parts: dict[int, dict[str, Tensor]] = {}
+    saved = saved or Checkpoint()
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        if module.layer_idx not in keys:
+        if module.layer_idx not in layers:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         # What is added to the copies that the cache would quantise: nothing, but it has a gradient.
@@ -82,49 +95,48 @@ def measure_sensitivity(
         out = checkpoint(attend, query[0], key[0], value[0], *shifts, use_reentrant=False, preserve_rng_state=False)
         return out.transpose(0, 1)[None], None
 
+    def run(ids: Tensor, keep: Tensor) -> dict[str, Tensor]:
+        backward_of_drawn_tokens(model, ids, generator)
+        found = {}
+        for i, shifts in copies.items():
+            g, h = (torch.zeros_like(s) if s.grad is None else s.grad for s in shifts)
+            g, h = g.float(), h.float()
+            found[f"{i}.moment"] = (g.transpose(1, 2) @ g).double().cpu()
+            found[f"{i}.keys"] = g.cpu()[:, keep]
+            found[f"{i}.values"] = h.square().sum(-1).cpu()[:, keep]
+        copies.clear()
+        return found
+
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model.requires_grad_(False)
         with evaluating(model), attending(model, attention), torch.enable_grad():
             for number, (ids, keep) in enumerate(zip(sequences, rows)):
-                if number not in chosen:
-                    for i in layers:
-                        keys[i].append(torch.full((len(keep),), torch.nan))
-                        values[i].append(torch.full((len(keep),), torch.nan))
-                    continue
-                ids = ids[None].to(model.device)
-                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
-                drawn = [
-                    torch.multinomial(part.softmax(-1).cpu(), 1, generator=generator)[:, 0]
-                    for part in logits.detach().split(DRAW)
-                ]
-                F.cross_entropy(logits, torch.cat(drawn).to(logits.device), reduction="sum").backward()
-                del logits
-                for i, shifts in copies.items():
-                    g, h = (torch.zeros_like(s) if s.grad is None else s.grad for s in shifts)
-                    g, h = g.float(), h.float()
-                    moments[i] = moments.get(i, 0) + (g.transpose(1, 2) @ g).double().cpu()
-                    keys[i].append(g.cpu()[:, keep])
-                    values[i].append(h.square().sum(-1).cpu()[:, keep])
-                copies.clear()
-                advance()
+                if number in chosen:
+                    parts[number] = saved.once(f"sensitivity-{number}", generator, partial(run, ids, keep))
+                    advance()
     finally:
         for p, before in wanted:
             p.requires_grad_(before)
 
-    def whole(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """Parts [H, n, ...] one after the other; a part [n] of NaN stands for one of that shape."""
+    def whole(name: str) -> Tensor:
+        """Parts [H, n, ...] of all sequences one after the other; NaN for those that were not run."""
+        known = {number: part.pop(name) for number, part in parts.items()}
+        H, _, *rest = next(iter(known.values())).shape
         return torch.cat(
             [
-                p if p.ndim > 1 else p.view(1, -1, *[1] * (len(shape) - 1)).expand(shape[0], -1, *shape[1:])
-                for p in parts
+                x if (x := known.get(n)) is not None else torch.full((H, len(r), *rest), torch.nan)
+                for n, r in enumerate(rows)
             ],
             1,
         )
 
     return {
-        i: LayerSensitivity(m, whole(keys[i], (m.shape[0], m.shape[1])), whole(values[i], (m.shape[0],)))
-        for i, m in moments.items()
+        i: LayerSensitivity(
+            sum(part.pop(f"{i}.moment") for part in parts.values()), whole(f"{i}.keys"), whole(f"{i}.values")
+        )
+        for i in layers
+        if parts
     }
 
 
