@@ -81,7 +81,7 @@ def build_model(config: LlamaConfig, device: str, dtype: torch.dtype) -> LlamaFo
     return model
 
 
-# Quantisation of weights by torchao, weights alone: bytes an element of the decoder layers' matrices. int8: a 16-bit scale a row;
+# Quantisation of weights by torchao, weights alone: bytes an element of the decoder layers' matrices. int8: an fp32 scale a row;
 # int4: a 16-bit scale and zero point for every 128, in the format that needs no other package.
 WEIGHTS = ("bf16", "int8", "int4")
 INT4_GROUP = 128
@@ -117,7 +117,7 @@ def compiling(weights: str) -> AbstractContextManager:
 
 @cache
 def weight_bytes(shape: str, layers: int | None = None, itemsize: int = 2, weights: str = "bf16") -> int:
-    """Bytes of a shape's weights, without making them. ``itemsize``: of those that are not quantised, and of scales."""
+    """Bytes of a shape's weights, without making them. ``itemsize``: of those that are not quantised, and of int4's scales."""
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config(shape, layers))
     total = itemsize * sum(x.numel() for x in model.parameters())
@@ -126,9 +126,7 @@ def weight_bytes(shape: str, layers: int | None = None, itemsize: int = 2, weigh
     for layer in model.model.layers.modules():
         if isinstance(layer, torch.nn.Linear):
             count, rows = layer.weight.numel(), layer.weight.shape[0]
-            quantised = (
-                count + itemsize * rows if weights == "int8" else count // 2 + 2 * itemsize * count // INT4_GROUP
-            )
+            quantised = count + 4 * rows if weights == "int8" else count // 2 + 2 * itemsize * count // INT4_GROUP
             total += quantised - itemsize * count
     return total
 
