@@ -11,6 +11,9 @@ Random weights in the shapes of Llama-3.1-8B and Llama-2-7B, bfloat16. The basel
 
     python -m benchmarks.bench_generate --model llama3-8b --batch 1 --tokens 32768 --caches million-4bit,static --save
 
+``--weights int8`` or ``int4`` quantises the decoder layers by torchao, weights alone, under every cache that is named; such rows
+stand by themselves and are compared with baselines of the same weights.
+
 One line a case is printed at once; ``--save`` merges each result into ``results/generate.json`` when it is there and rewrites
 the table and the plot beside it. A case that does not fit, whose package is missing or that fails is recorded as that.
 With ``--layers`` fewer layers are measured and times and bytes are **extrapolated** to the whole model: what is in every layer
@@ -27,6 +30,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -36,9 +40,11 @@ from benchmarks.conftest import RESULTS, machine
 from benchmarks.generation import (
     KINDS,
     SHAPES,
+    WEIGHTS,
     Kind,
     attending,
     build_model,
+    compiling,
     decode_step,
     device_bytes,
     fill,
@@ -50,6 +56,7 @@ from benchmarks.generation import (
     model_config,
     peak_bytes,
     prefill_seconds,
+    quantise_weights,
     reset_peak,
     weight_bytes,
 )
@@ -58,7 +65,7 @@ from benchmarks.timing import synchronize
 DTYPE = torch.bfloat16
 NAME = "generate"  # of the files in results/
 BASELINES = ("static", "static-cudnn")  # whose time the table divides by each row's
-KEY = ("model", "batch", "tokens", "cache", "device")  # what makes two results the same case
+KEY = ("model", "weights", "batch", "tokens", "cache", "device")  # what makes two results the same case
 LONGEST = 1 << 26  # tokens beyond which nobody asks what fits
 
 
@@ -73,6 +80,7 @@ class Case:
     cache: str
     layers: int | None = None
     device: str = "cuda"
+    weights: str = "bf16"  # of `WEIGHTS`
 
     @property
     def kind(self) -> Kind:
@@ -81,7 +89,7 @@ class Case:
     @property
     def name(self) -> str:
         layers = f" ({self.layers} layers)" if self.layers else ""
-        return f"{self.model}{layers}, batch {self.batch}, {self.tokens} tokens, {self.cache}"
+        return f"{self.model}{layers}, {self.weights}, batch {self.batch}, {self.tokens} tokens, {self.cache}"
 
     @property
     def factor(self) -> float:
@@ -98,7 +106,7 @@ class Case:
         """Bytes of weights, codebooks, cache and least workspace for ``tokens`` (default: the case's), by default of all layers."""
         config, tokens = model_config(self.model, layers), tokens or self.tokens
         return {
-            "weights": weight_bytes(self.model, layers, DTYPE.itemsize),
+            "weights": weight_bytes(self.model, layers, DTYPE.itemsize, self.weights),
             "codebooks": self.kind.codebook_bytes(config),
             "cache": self.kind.cache_bytes(config, tokens, self.batch, DTYPE, self.device),
             "workspace": self.kind.workspace_bytes(config, tokens, self.batch, DTYPE),
@@ -117,7 +125,7 @@ def decode(case: Case, model, timer: Callable, backend: str) -> dict:
     """
     begin, factor = time.perf_counter(), case.factor
     head = head_seconds(model, case.batch, case.device) if factor != 1 else 0.0
-    with attending(model, case.kind, case.tokens):
+    with compiling(case.weights), attending(model, case.kind, case.tokens):
         cache = case.kind.make(model, case.tokens, case.batch)
         fill(cache, model, case.tokens - 1, case.batch)
         synchronize(case.device)
@@ -211,7 +219,7 @@ def line(entry: dict) -> str:
         else:
             text = f"first token {tilde}{x['seconds']:.3f} s"
         parts.append(text + ("" if x["peak_gb"] is None else f", peak {tilde}{x['peak_gb']:.1f} GB"))
-    name = f"{entry['model']} b{entry['batch']} {entry['tokens']} {entry['cache']}"
+    name = f"{entry['model']} {entry['weights']} b{entry['batch']} {entry['tokens']} {entry['cache']}"
     return f"{name}: {'; '.join(parts)}; cache {entry['cache_gb']:.2f} GB"
 
 
@@ -227,7 +235,8 @@ class Results:
         source = self.path if self.path.exists() else RESULTS / f"{NAME}.json"
         stored = json.loads(source.read_text()) if source.exists() else {"machines": {}, "cases": []}
         self.machines: dict[str, dict] = stored["machines"]
-        self.cases = {self.key(x): x for x in stored["cases"]}
+        cases = [{"weights": "bf16"} | x for x in stored["cases"]]  # older files have no others
+        self.cases = {self.key(x): x for x in cases}
 
     @staticmethod
     def key(entry: dict) -> tuple:
@@ -252,9 +261,9 @@ class Results:
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        order = {name: i for i, name in enumerate((*SHAPES, *KINDS))}
+        order = {name: i for i, name in enumerate((*SHAPES, *WEIGHTS, *KINDS))}
         cases = sorted(
-            self.cases.values(), key=lambda x: (order[x["model"]], x["batch"], x["tokens"], order[x["cache"]], x["device"])
+            self.cases.values(), key=lambda x: (order[x["model"]], order[x["weights"]], x["batch"], x["tokens"], order[x["cache"]], x["device"])
         )  # fmt: skip
         self.path.write_text(json.dumps({"machines": self.machines, "cases": cases}, indent=1) + "\n")
         self.path.with_suffix(".md").write_text(table(cases, self.machines))
@@ -268,7 +277,7 @@ def figure(entry: dict, phase: str, field: str) -> float | None:
 
 
 def table(cases: list[dict], machines: dict[str, dict]) -> str:
-    """Markdown: one row a case, with its speed relative to the baselines at the same model, batch and length."""
+    """Markdown: one row a case, with its speed relative to the baselines at the same model, weights, batch and length."""
 
     def place(entry: dict) -> tuple:
         return tuple(entry[name] for name in KEY if name != "cache")
@@ -298,7 +307,7 @@ def table(cases: list[dict], machines: dict[str, dict]) -> str:
     letters = {label: chr(ord("A") + i) for i, label in enumerate(machines)}
 
     heads = [
-        "model", "batch", "tokens", "cache", "ms a step", "tokens/s", *(f"x {name}" for name in BASELINES), "first token, s", "first token x static",
+        "model", "weights", "batch", "tokens", "cache", "ms a step", "tokens/s", *(f"x {name}" for name in BASELINES), "first token, s", "first token x static",
         "cache, GB", "peak of decode, GB", "peak with prefill, GB", "longest context", "on", "note",
     ]  # fmt: skip
     rows = []
@@ -309,7 +318,7 @@ def table(cases: list[dict], machines: dict[str, dict]) -> str:
             [*(n.replace("|", "/") for n in notes if n != "ok"), *(f"~ from {n} layers" for n in sorted(layers))]
         )
         rows.append([
-            x["model"], str(x["batch"]), str(x["tokens"]), x["cache"], cell(x, "decode", "ms", ".2f"),
+            x["model"], x["weights"], str(x["batch"]), str(x["tokens"]), x["cache"], cell(x, "decode", "ms", ".2f"),
             cell(x, "decode", "tokens_per_s", ".0f"), *(relative(x, name, "decode", "ms") for name in BASELINES),
             cell(x, "prefill", "seconds", ".3f"), relative(x, "static", "prefill", "seconds"), f"{x['cache_gb']:.2f}",
             cell(x, "decode", "peak_gb", ".1f"), cell(x, "prefill", "peak_gb", ".1f"), str(x.get("longest_tokens", "")), where(x), note,
@@ -317,7 +326,8 @@ def table(cases: list[dict], machines: dict[str, dict]) -> str:
     text = [
         "# Generation",
         "",
-        "Written by `python -m benchmarks.bench_generate --save`, whose docstring says what the caches are. bfloat16, random weights. A "
+        "Written by `python -m benchmarks.bench_generate --save`, whose docstring says what the caches are. bfloat16, random weights; "
+        "*int8*, *int4*: the decoder layers' by torchao. A "
         "step at a fixed length, in a CUDA graph where the cache compiles. *x NAME*: the time of NAME over the row's, above 1: faster. "
         "*~*: extrapolated from fewer layers. *longest context*: tokens a row for which weights, codebooks, cache and the least workspace "
         "fit the GPU, by arithmetic. *on*: the machine, by its letter below; only times of one kind of machine are compared.",
@@ -339,20 +349,26 @@ def plot(cases: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     timed = [x for x in cases if figure(x, "decode", "ms")]
-    groups = list(dict.fromkeys((x["model"], x["batch"], x["tokens"], x["device"]) for x in timed))
+    groups = list(dict.fromkeys((x["model"], x["weights"], x["batch"], x["tokens"], x["device"]) for x in timed))
     names = [name for name in KINDS if any(x["cache"] == name for x in timed)]
     sheet, axis = pyplot.subplots(figsize=(2 + 1.6 * len(groups), 4.5))
     width = 0.85 / len(names)
     for i, name in enumerate(names):
         own = {
-            (x["model"], x["batch"], x["tokens"], x["device"]): x["decode"]["ms"] for x in timed if x["cache"] == name
+            (x["model"], x["weights"], x["batch"], x["tokens"], x["device"]): x["decode"]["ms"]
+            for x in timed
+            if x["cache"] == name
         }
         at = [g + (i - (len(names) - 1) / 2) * width for g, group in enumerate(groups) if group in own]
         bars = axis.bar(
             at, [own[group] for group in groups if group in own], width, label=name, color=f"C{list(KINDS).index(name)}"
         )
         axis.bar_label(bars, fmt="%.3g", fontsize=6)
-    axis.set_xticks(range(len(groups)), [f"{m}\nbatch {b}\n{t} tokens" for m, b, t, _ in groups], fontsize=8)
+    axis.set_xticks(
+        range(len(groups)),
+        [f"{m}{'' if w == 'bf16' else ' ' + w}\nbatch {b}\n{t} tokens" for m, w, b, t, _ in groups],
+        fontsize=8,
+    )
     axis.set(ylabel="ms a decode step", yscale="log")
     axis.grid(True, axis="y", which="both", alpha=0.2)
     axis.legend(fontsize=7)
@@ -425,6 +441,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=_numbers, default=[1, 8, 32] if gpu else [2])
     add("--tokens", type=_numbers, default=[1024, 8192, 32768, 131072] if gpu else [256])
     add("--caches", type=_names(KINDS), default=caches, help=", ".join(KINDS))
+    add("--weights", type=_names(WEIGHTS), default=["bf16"], help=f"{', '.join(WEIGHTS)}; int8 and int4 need torchao")
     add("--layers", type=int, help="measure so many and extrapolate: compiles faster")
     add("--ttft", action="store_true", help="also measure the time to the first token and the peak memory of prefill")
     add("--no-decode", action="store_true", help="no decode step: with --ttft, nothing is compiled")
@@ -448,12 +465,17 @@ def main(arguments: list[str] | None = None) -> int:
         "timer": partial(mean_seconds, steps=options.steps),
     }  # fmt: skip
     results = Results(options.out)
-    for shape in options.model:
+    for shape, weights in product(options.model, options.weights):
         model = build_model(model_config(shape, options.layers), device, DTYPE)
-        print(f"{shape}: {model.config.num_hidden_layers} layers after {time.perf_counter() - begin:.0f} s", flush=True)
+        quantise_weights(model, weights)
+        free_memory(device)
+        print(
+            f"{shape} {weights}: {model.config.num_hidden_layers} layers after {time.perf_counter() - begin:.0f} s",
+            flush=True,
+        )
         layers = options.layers if model.config.num_hidden_layers != model_config(shape).num_hidden_layers else None
         cases = [
-            Case(shape, batch, tokens, name, layers, device)
+            Case(shape, batch, tokens, name, layers, device, weights)
             for batch in options.batch
             for tokens in options.tokens
             for name in options.caches

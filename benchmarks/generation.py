@@ -13,13 +13,14 @@ import gc
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor import config as inductor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AttentionInterface,
@@ -80,12 +81,54 @@ def build_model(config: LlamaConfig, device: str, dtype: torch.dtype) -> LlamaFo
     return model
 
 
+# Quantisation of weights by torchao, weights alone: bytes an element of the decoder layers' matrices. int8: an fp32 scale a row;
+# int4: a 16-bit scale and zero point for every 128, in the format that needs no other package.
+WEIGHTS = ("bf16", "int8", "int4")
+INT4_GROUP = 128
+
+
+def quantise_weights(model: LlamaForCausalLM, weights: str) -> None:
+    """The decoder layers' matrices to ``weights``, in place; embedding and vocabulary projection stay. "bf16": nothing.
+
+    Raises ImportError without torchao, NotImplementedError for int4 without a GPU, ValueError for an unknown kind.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if weights == "bf16":
+        return
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    if weights == "int8":
+        config = Int8WeightOnlyConfig(set_inductor_config=False)
+    elif model.device.type != "cuda":
+        raise NotImplementedError("torchao's int4 format that needs no other package, tile_packed_to_4d, is for GPUs")
+    else:
+        config = Int4WeightOnlyConfig(
+            group_size=INT4_GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+        )
+    quantize_(model.model, config)
+
+
+def compiling(weights: str) -> AbstractContextManager:
+    """Options of inductor for such weights. Of those that torchao sets by itself, for the whole process, int8 needs this one: with it the
+    product of one row is a kernel that reads int8; without, weights are written out in 16 bit first."""
+    return inductor.patch(coordinate_descent_tuning=True) if weights == "int8" else nullcontext()
+
+
 @cache
-def weight_bytes(shape: str, layers: int | None = None, itemsize: int = 2) -> int:
-    """Bytes of a shape's weights, without making them."""
+def weight_bytes(shape: str, layers: int | None = None, itemsize: int = 2, weights: str = "bf16") -> int:
+    """Bytes of a shape's weights, without making them. ``itemsize``: of those that are not quantised, and of int4's scales."""
     with torch.device("meta"):
         model = LlamaForCausalLM(model_config(shape, layers))
-    return itemsize * sum(x.numel() for x in model.parameters())
+    total = itemsize * sum(x.numel() for x in model.parameters())
+    if weights == "bf16":
+        return total
+    for layer in model.model.layers.modules():
+        if isinstance(layer, torch.nn.Linear):
+            count, rows = layer.weight.numel(), layer.weight.shape[0]
+            quantised = count + 4 * rows if weights == "int8" else count // 2 + 2 * itemsize * count // INT4_GROUP
+            total += quantised - itemsize * count
+    return total
 
 
 def random_codebooks(model: LlamaForCausalLM, pq: PQConfig) -> Codebooks:

@@ -5,8 +5,10 @@
 
 The cache is filled with random keys and values through the public append op, 8192 tokens at a time; weights are random. The
 longest context is measured, not calculated: under a cap on PyTorch's memory the real weights and codebooks stand, real caches
-are allocated, and one decode step must run in what is left; the length is bisected. GB are 1e9 bytes of PyTorch's allocator:
-the CUDA context, about half a gigabyte, comes on top.
+are allocated, and in what is left a chunk of a prefill (2048 tokens behind 16384) and a decode step must run; the length is
+bisected. Workspaces do not depend on how many tokens are cached, so the rest of the cache stays empty. A limit beyond the GPU's
+memory cannot be measured: there bytes are added up, with the workspace that was measured, and ``measured`` is false. GB are 1e9
+bytes of PyTorch's allocator: the CUDA context, about half a gigabyte, comes on top.
 """
 
 from __future__ import annotations
@@ -49,6 +51,10 @@ DTYPE = torch.bfloat16
 NAME = "million_tokens"  # of the file in results/
 STEP = 8192  # tokens to which the longest context is found
 LONGEST = 1 << 26  # tokens that no GPU holds
+CHUNK, BEHIND = (
+    2048,
+    16384,
+)  # tokens of the prefill that must fit, and of the cache before it: a full workspace of `long_chunk`
 
 
 def decode_at(shape: str, preset: str, tokens: int, layers: int | None, device: str, backend: str) -> dict:
@@ -84,69 +90,73 @@ def decode_at(shape: str, preset: str, tokens: int, layers: int | None, device: 
     }  # fmt: skip
 
 
-def longest_context(shape: str, preset: str, limits: list[float], layers: int | None, device: str) -> list[dict]:
-    """The most tokens (batch 1, a multiple of `STEP`) of which a cache can be allocated and decoded with under each limit, GB.
+def longest_context(
+    shape: str, preset: str, limits: list[float], layers: int | None, device: str, model=None
+) -> list[dict]:
+    """The most tokens (batch 1, a multiple of `STEP`) of which a cache can be allocated, prefilled and decoded with under each
+    limit, GB. ``model``: of this shape, on the device; without one, or beyond its memory, bytes are added up.
 
-    ``dense_tokens``: of a dense 16-bit cache, by arithmetic. Without a GPU there is nothing to allocate under a cap: there the
-    bytes are added up, and ``measured`` is false.
+    ``workspace_gb``: most bytes besides weights, codebooks and cache in the longest that fits, and for limits that could not be
+    measured added there. ``dense_tokens``: of a dense 16-bit cache, by arithmetic.
     """
     kind, config, memory = KINDS[f"million-{preset}"], model_config(shape, layers), device_bytes(device)
     weights = weight_bytes(shape, layers, DTYPE.itemsize)
+    workspace, books = 0, None
 
     def cache_bytes(tokens: int) -> int:
         return kind.cache_bytes(config, tokens, 1, DTYPE, device)
 
     def fits_by_arithmetic(tokens: int, limit: float) -> bool:
-        return tokens <= LONGEST and weights + kind.codebook_bytes(config) + cache_bytes(tokens) <= limit * 1e9
+        return (
+            tokens <= LONGEST and weights + kind.codebook_bytes(config) + cache_bytes(tokens) + workspace <= limit * 1e9
+        )
 
-    def longest(limit: float) -> int:
-        return largest(partial(fits_by_arithmetic, limit=limit), STEP)
+    @torch.no_grad()
+    def fits(tokens: int) -> bool:
+        nonlocal workspace
+        if cache_bytes(tokens) > memory:
+            return False
+        cache, found = None, True
+        reset_peak(device)
+        try:
+            cache = MillionStaticCache(config, books, tokens, 1, device, DTYPE)
+            fill(cache, model, min(BEHIND, tokens - CHUNK - 1), 1)
+            for n in (CHUNK, 1):
+                ids = torch.zeros(1, n, dtype=torch.long, device=device)
+                logits = model(ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache)).logits
+            if not bool(logits.isfinite().all()):
+                raise RuntimeError("logits are not finite")
+            if (peak := peak_bytes(device)) is not None:
+                workspace = peak - weights - kind.codebook_bytes(config) - cache_bytes(tokens)
+        except Exception as error:  # the op's own allocations raise a plain RuntimeError
+            if not is_out_of_memory(error):
+                raise
+            found = False
+        cache = logits = None
+        free_memory(device)
+        return found
 
-    if memory is not None:
-        model = build_model(config, device, DTYPE)
+    def measure(limit: float) -> int:
+        with attending(model, kind, 0):
+            free_memory(device)
+            torch.cuda.set_per_process_memory_fraction(limit * 1e9 / memory)
+            try:
+                return largest(fits, STEP)
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+
+    if model is not None:
         books = random_codebooks(model, kind.pq)
         books.to(device)  # what every cache will share
-        token = torch.zeros(1, 1, dtype=torch.long, device=device)
-
-        @torch.no_grad()
-        def fits(tokens: int) -> bool:
-            if cache_bytes(tokens) > memory:
-                return False
-            cache, found = None, True
-            try:
-                cache = MillionStaticCache(config, books, tokens, 1, device, DTYPE)
-                fill(cache, model, 1, 1)
-                model(token, use_cache=True, **cache_argument(model, cache))
-                synchronize(device)
-            except Exception as error:  # the op's own allocations raise a plain RuntimeError
-                if not is_out_of_memory(error):
-                    raise
-                found = False
-            del cache
-            free_memory(device)
-            return found
-
-        def longest(limit: float) -> int:
-            with attending(model, kind, 0):
-                free_memory(device)
-                torch.cuda.set_per_process_memory_fraction(limit * 1e9 / memory)
-                try:
-                    return largest(fits, STEP)
-                finally:
-                    torch.cuda.set_per_process_memory_fraction(1.0)
-
     results = []
-    for limit in limits:
-        result = {
-            "model": shape, "preset": preset, "limit_gb": limit, "layers": config.num_hidden_layers, "measured": memory is not None,
-        }  # fmt: skip
-        if memory is not None and limit * 1e9 > memory:
-            results.append(result | {"status": f"the GPU has {memory / 1e9:.0f} GB"})
-            continue
-        tokens = longest(limit)
+    for limit in sorted(limits):
+        measured = model is not None and limit * 1e9 <= memory
+        tokens = measure(limit) if measured else largest(partial(fits_by_arithmetic, limit=limit), STEP)
         dense = KINDS["static"].cache_bytes(config, 1, 1, DTYPE, device)
-        results.append(result | {
-            "status": "ok", "tokens": tokens, "cache_gb": cache_bytes(tokens) / 1e9 if tokens else 0.0,
+        results.append({
+            "model": shape, "preset": preset, "limit_gb": limit, "layers": config.num_hidden_layers, "measured": measured,
+            "gpu": torch.cuda.get_device_name() if model is not None and device == "cuda" else None, "status": "ok",
+            "tokens": tokens, "cache_gb": cache_bytes(tokens) / 1e9 if tokens else 0.0, "workspace_gb": workspace / 1e9,
             "dense_tokens": max(0, int(limit * 1e9 - weights) // dense),
         })  # fmt: skip
     return results
@@ -166,12 +176,15 @@ def attempt(name: str, function) -> list[dict]:
 
 
 def save(directory: Path, section: str, key: tuple[str, ...], results: list[dict]) -> None:
-    """Merge results into ``million_tokens.json``; one with the same ``key`` fields replaces the old one."""
+    """Merge results into ``million_tokens.json``; one with the same ``key`` fields replaces the old one, but arithmetic no measurement."""
     path = directory / f"{NAME}.json"
     source = path if path.exists() else RESULTS / f"{NAME}.json"
     stored = json.loads(source.read_text()) if source.exists() else {}
     known = {tuple(x[name] for name in key): x for x in stored.get(section, [])}
-    known |= {tuple(x[name] for name in key): x for x in results}
+    for x in results:
+        old = known.get(tuple(x[name] for name in key), {})
+        if x.get("measured", True) or not old.get("measured", False):
+            known[tuple(x[name] for name in key)] = x
     directory.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(stored | {"machine": machine(), section: list(known.values())}, indent=1) + "\n")
 
@@ -195,13 +208,16 @@ def main(arguments: list[str] | None = None) -> int:
     shape, layers, device = options.model, options.layers, options.device
     if unknown := [x for x in options.presets.split(",") if x not in PRESETS]:
         parser.error(f"unknown preset {', '.join(unknown)}; choose from {', '.join(PRESETS)}")
+    model = None
+    if options.longest and device_bytes(device) is not None:
+        model = build_model(model_config(shape, layers), device, DTYPE)  # one for all presets
     complete = True
     for preset in options.presets.split(","):
         name = f"{shape} {preset}"
         if options.longest:
             limits = [float(x) for x in options.limits.split(",")]
             section, key = "longest", ("model", "preset", "limit_gb", "layers")
-            results = attempt(name, lambda p=preset, x=limits: longest_context(shape, p, x, layers, device))
+            results = attempt(name, lambda p=preset, x=limits: longest_context(shape, p, x, layers, device, model))
             done = [x for x in results if x["status"] == "ok"]
         else:
             section, key = "decode", ("model", "preset", "tokens", "layers")

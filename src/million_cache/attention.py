@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from million_cache import long_chunk
-from million_cache.cache import KVHandle, MillionLayer
+from million_cache.cache import KVHandle, MillionLayer, SlidingLayer
 from million_cache.models import check_supported, fingerprint
 from million_cache.state import ATTENTION, Enabled, PaddingCheck, enabled, forget_enabled, record_enabled
 
@@ -38,7 +38,8 @@ def million_mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offse
     """Mask for `million_attention`: int32 ``(start, q_offset)`` [B, 1, 1, 2], None for plain causal, or a dense bool mask.
 
     Dense where a pair a row cannot say it: sliding or chunked layers, non-causal functions, dynamic caches, and masks with
-    holes (padding between turns). Decode steps do not wait for the device: `PaddingCheck`.
+    holes (padding between turns). Decode steps do not wait for the device: `PaddingCheck`. A ``kv_offset`` that is a tensor is
+    a `SlidingLayer`'s: where it is negative, the first keys are none, which `SlidingLayer.mask` hides.
 
     Raises:
         ValueError: the 2-D mask is longer than the cache.
@@ -54,6 +55,17 @@ def million_mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offse
         return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
                          mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, **kwargs)  # fmt: skip
 
+    if isinstance(kv_offset, Tensor):
+        # Not by transformers' own padding, whose shape would follow from the offset: that would wait for the device.
+        columns, q_offset = attention_mask, kv_offset + (kv_length - q_length)
+        attention_mask, kwargs["allow_is_causal_skip"] = None, False
+        mask = dense()
+        if columns is not None:
+            kv = torch.arange(kv_length, device=columns.device) + kv_offset.to(columns.device)
+            mask = mask & columns.bool()[:, kv.clamp(0, columns.shape[1] - 1)][:, None, None, :]
+        return mask
+    if local_size is not None and isinstance(q_offset, Tensor) and kv_length == q_length:
+        q_offset = 0  # a prefill into a `SlidingLayer` that is empty again: not to be asked of the device
     if local_size is not None or mask_function is not causal_mask_function or not static:
         return dense()
     empty = not isinstance(q_offset, Tensor) and q_offset == 0
@@ -120,6 +132,11 @@ def million_attention(module, query, key, value, attention_mask, dropout=0.0, sc
             attention_mask = expand_mask(attention_mask, query.shape[2], key.shape[2])
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if isinstance(key.layer, SlidingLayer):
+        mask = key.layer.mask(attention_mask if attention_mask is None else _bool_mask(attention_mask), query.shape[2])
+        return sdpa_attention_forward(
+            module, query, key.new, value.new, mask, dropout=dropout, scaling=scaling, **kwargs
         )
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:

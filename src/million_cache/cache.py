@@ -21,7 +21,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, StaticCache, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 import million_ops
 from million_cache.codebook import Codebooks, LayerCodebooks
@@ -46,11 +46,12 @@ LENGTH_STEP = 64  # lengths that messages suggest are multiples of it
 
 
 class KVHandle:
-    """What `update` returns in place of keys or values: the layer that has the codes, and the new tokens [B, H, n, D]."""
+    """What `update` returns in place of keys or values: the layer that has the codes, and the new tokens [B, H, n, D]; of a
+    `SlidingLayer` all tokens to attend to."""
 
     __slots__ = ("fresh", "layer", "new")
 
-    def __init__(self, layer: MillionLayer, new: Tensor, fresh: bool):
+    def __init__(self, layer: MillionLayer | SlidingLayer, new: Tensor, fresh: bool):
         self.layer, self.new, self.fresh = layer, new, fresh
 
 
@@ -243,11 +244,7 @@ class MillionLayer(StaticLayer):
         if not (self.is_initialized and self.begins) or tokens_to_remove == 0:
             return
         past = int(self.clock.time[0])
-        if tokens_to_remove > 0 and not CROP_KEEPS:
-            raise ValueError(f"crop takes the negative number of tokens to drop, got {tokens_to_remove}")
-        drop = -tokens_to_remove if tokens_to_remove < 0 else max(0, past - tokens_to_remove)
-        if drop > past:
-            raise ValueError(f"the cache holds {past} tokens, {drop} cannot be dropped")
+        drop = _dropped(tokens_to_remove, past)
         self.clock.crop(drop)
         self.state.padding.reset()
         self.state.fed, self.state.feeding = past - drop, None
@@ -275,6 +272,125 @@ class MillionLayer(StaticLayer):
     prefetch = offload
 
 
+class SlidingLayer(StaticSlidingWindowLayer):
+    """One sliding-window layer: dense keys and values of the last W tokens, [B, H, W, D], token p in slot ``p % W``.
+
+    transformers' own layer counts its tokens in a Python integer, which an exported step would hold fixed and a compiled one
+    recompiles for, and moves its whole window in every step. Here the count ``cumulative_length`` is a tensor, a step writes
+    one slot, and nothing branches on a length.
+
+    With the million attention function the keys to attend to are the tokens ``past - W + 1 ..``, those before the first among
+    them (`mask` hides them); with any other they lie at their slots of a full-length tensor, like those of `MillionLayer`.
+
+    Args:
+        max_cache_len: tokens a row of the cache can hold.
+        window: W; at most that.
+    """
+
+    def __init__(self, max_cache_len: int, window: int, state: CacheState):
+        super().__init__(max_cache_len=max_cache_len, sliding_window=window)  # its max_cache_len is then W
+        self.capacity, self.state = max_cache_len, state
+        self.empty = True  # not the state's, which flips in the last quantised layer of a forward
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether no token is ever overwritten."""
+        return self.max_cache_len == self.capacity
+
+    @property
+    def _million(self) -> bool:
+        return self.state.config._attn_implementation == ATTENTION
+
+    def get_seq_length(self) -> int | Tensor:
+        """As `MillionLayer.get_seq_length`."""
+        return 0 if not self.is_initialized or self.empty else self.cumulative_length.clone()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int | Tensor]:
+        """Keys to attend to, and the slot of the first: a tensor, negative while the window is not full, see `million_mask`."""
+        if not self._million:
+            return self.capacity, 0
+        if self.empty and query_length > 1:
+            return query_length, 0
+        return self.max_cache_len - 1 + query_length, self.cumulative_length - (self.max_cache_len - 1)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Store tokens [B, H, n, D]. Returns what the million attention function attends to (`KVHandle`s; the tokens themselves in a
+        prefill into an empty cache), or for any other keys and values [B, H, max_cache_len, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n, W, past = key_states.shape[2], self.max_cache_len, self.cumulative_length.clone()
+        stored = past + torch.arange(n, device=self.device)
+        rings, results = (self.keys, self.values), []
+        if not self._million:
+            slots = torch.arange(W, device=self.device)
+            held = slots + (past - 1 - slots) // W * W  # negative where nothing is held yet
+            held = torch.where(held < 0, slots, held)
+        for ring, new in zip(rings, (key_states, value_states)):
+            if not self._million:
+                x = new.new_zeros(*new.shape[:2], self.capacity, new.shape[3])
+                results.append(x.index_copy_(2, held, ring).index_copy_(2, stored, new))
+            elif self.empty and n > 1:
+                results.append(new)
+            elif n > 1:
+                before = (past + torch.arange(1, W, device=self.device)) % W  # slots of past - W + 1 .. past - 1
+                results.append(KVHandle(self, torch.cat((ring.index_select(2, before), new), 2), False))
+            else:
+                results.append(KVHandle(self, ring, False))
+            ring.index_copy_(2, stored[-W:] % W, new[:, :, -W:])
+        self.cumulative_length.add_(n)
+        if self.empty:
+            self.empty = False
+        return results[0], results[1]
+
+    def mask(self, mask: Tensor | None, n: int) -> Tensor:
+        """Bool mask [B, 1, n, T] for the T keys that `update` gave for the last n tokens, in their order.
+
+        mask: bool, the same for T keys in the order of their slots, as `million_mask` makes it; None for causal. Padding is
+        hidden here as well: a step without a 2-D mask knows of it only from the clock.
+        """
+        W, past = self.max_cache_len, self.cumulative_length - n
+        query = past + torch.arange(n, device=self.device)[:, None]
+        kv = past - (W - 1) + torch.arange(W - 1 + n, device=self.device)
+        if n == 1:
+            order = (torch.arange(W, device=self.device) - past - 1) % W
+            kv = kv[order]
+            mask = mask if mask is None else mask.index_select(3, order)
+        if mask is None:
+            mask = (kv <= query) & (kv > query - W)
+        start = self.state.start(self.device)[:, None, None, None]
+        return mask & (kv >= start) | (kv == query)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `MillionLayer.crop`; only if `is_croppable`."""
+        if self.is_initialized and tokens_to_remove != 0:
+            past = int(self.cumulative_length)
+            drop = _dropped(tokens_to_remove, past)
+            self.cumulative_length.sub_(drop)
+            self.empty = drop == past
+
+    def reset(self) -> None:
+        """Forget all tokens: nothing reads what lies beyond the count."""
+        if self.is_initialized:
+            self.cumulative_length.zero_()
+        self.empty = True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As `MillionLayer.reorder_cache`."""
+        if self.is_initialized:
+            for x in (self.keys, self.values):
+                x.copy_(x.index_select(0, beam_idx.to(self.device)))
+
+
+def _dropped(tokens_to_remove: int, past: int) -> int:
+    """How many of ``past`` tokens a `crop` drops. Raises ValueError if there are fewer, or for a number of the wrong sign."""
+    if tokens_to_remove > 0 and not CROP_KEEPS:
+        raise ValueError(f"crop takes the negative number of tokens to drop, got {tokens_to_remove}")
+    drop = -tokens_to_remove if tokens_to_remove < 0 else max(0, past - tokens_to_remove)
+    if drop > past:
+        raise ValueError(f"the cache holds {past} tokens, {drop} cannot be dropped")
+    return drop
+
+
 def _warn_dequantising(state: CacheState) -> None:
     if not state.warned_dequantising:
         state.warned_dequantising = True
@@ -288,7 +404,7 @@ def _warn_dequantising(state: CacheState) -> None:
 class MillionStaticCache(StaticCache):
     """A static KV cache of product-quantised codes, for ``model.generate(..., past_key_values=cache)`` and ``torch.compile``.
 
-    Full-attention layers are quantised; sliding-window layers stay as transformers makes them.
+    Full-attention layers are quantised; sliding-window layers keep their window in the model's dtype.
 
     Args:
         config: the model's config, or the model itself (then its weights are checked against the codebooks at once; with a
@@ -335,8 +451,11 @@ class MillionStaticCache(StaticCache):
             raise ValueError(
                 f"the codebooks cover layers {sorted(codebooks.layers)}, the model's full-attention layers are {quantised}"
             )
-        for i in quantised:
-            self.layers[i] = MillionLayer(max_cache_len, state, i, is_last=i == quantised[-1])
+        for i, layer in enumerate(self.layers):
+            if i in quantised:
+                self.layers[i] = MillionLayer(max_cache_len, state, i, is_last=i == quantised[-1])
+            elif type(layer) is StaticSlidingWindowLayer:
+                self.layers[i] = SlidingLayer(max_cache_len, layer.max_cache_len, state)
         self.state = state
         state.rolls_back = len(quantised) == len(self.layers)
         device = torch.device("cpu" if device is None else device)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from million_cache.cache import MillionLayer, MillionStaticCache
+from million_cache.cache import MillionLayer, MillionStaticCache, SlidingLayer
 from million_cache.models import cache_argument
 from million_cache.state import ATTENTION
 
@@ -36,19 +36,21 @@ class DecodeStep(nn.Module):
 
     Raises:
         RuntimeError: the model is not enabled, or the cache has no buffers yet.
-        NotImplementedError: sliding-window layers. transformers counts their tokens in a Python integer, which an exported graph
-            holds fixed, so that every later step would be wrong.
+        NotImplementedError: a layer of transformers' own, which may count its tokens in Python: an exported graph would hold the
+            count fixed, so that every later step would be wrong.
     """
 
     def __init__(self, model: PreTrainedModel, cache: MillionStaticCache):
         super().__init__()
         if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION:
             raise RuntimeError("call million_cache.enable(model) before exporting: the step attends from codes")
-        others = sorted({type(layer).__name__ for layer in cache.layers if not isinstance(layer, MillionLayer)})
+        others = sorted(
+            {type(layer).__name__ for layer in cache.layers if not isinstance(layer, MillionLayer | SlidingLayer)}
+        )
         if others:
             raise NotImplementedError(
-                f"a cache with layers of type {', '.join(others)} cannot be exported: transformers counts their tokens in a Python "
-                "integer, which an exported graph would hold fixed"
+                f"a cache with layers of type {', '.join(others)} cannot be exported: an exported graph would hold fixed what they count in "
+                "Python"
             )
         if not all(layer.is_initialized for layer in cache.layers):
             raise RuntimeError("the cache has no buffers yet: give it batch_size=, device= and dtype=")
@@ -63,6 +65,5 @@ class DecodeStep(nn.Module):
 
     def example(self) -> tuple[Tensor, Tensor]:
         """Arguments of the right shape for `torch.export.export`."""
-        clock = self.cache.layers[0].clock
-        shape = (self.cache.layers[0].batch_size, 1)
-        return tuple(torch.zeros(shape, dtype=torch.int64, device=clock.time.device) for _ in range(2))
+        layer = self.cache.layers[0]
+        return tuple(torch.zeros(layer.batch_size, 1, dtype=torch.int64, device=layer.device) for _ in range(2))

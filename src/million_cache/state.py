@@ -217,6 +217,12 @@ class CacheState:
         self.clocks.append(Clock(batch_size, self.recent_tokens, self.first_position, device))
         return self.clocks[-1], True
 
+    def start(self, device: torch.device) -> Tensor:
+        """First valid slot of each row, int32 [B], on a device, as far as the quantised layers know; [1] before there is a clock."""
+        if not self.clocks:
+            return torch.zeros(1, dtype=torch.int32, device=device)
+        return next((c for c in self.clocks if c.time.device == device), self.clocks[0]).start.to(device)
+
     def commit(self) -> None:
         for clock in self.clocks:
             clock.commit()

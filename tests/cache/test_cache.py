@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -190,6 +191,55 @@ def test_a_forward_that_dies_on_a_model_with_sliding_layers(device):
         logits(model, ids[:, 20:24], cache)
     cache.reset()
     logits(model, ids[:, :20], cache)
+    disable(model)
+
+
+@pytest.mark.parametrize("implementation", ["million", "sdpa", "eager"])
+@pytest.mark.parametrize("chunks", [(40,), (3, 4, 1, 1, 1, 9, 1, 20), (1,) * 40, (12, 28)], ids=str)
+def test_sliding_layers_in_chunks(device, implementation, chunks):
+    """Whatever fills a window of 8 tokens, and whoever attends: the logits of the dense model; again after reset, reorder and deepcopy."""
+    model = tiny_gemma3().to(device)
+    ids = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(2)).to(device)
+    books = lossless_for(model, ids, CONFIG)
+    want = logits(model, ids, DynamicCache(config=model.config))
+    enable(model) if implementation == "million" else model.set_attn_implementation(implementation)
+    cache = MillionStaticCache(model.config, books, 44)
+
+    def feed(cache, ids):
+        return [logits(model, x, cache) for x in ids.split(chunks, 1)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it dequantises
+        close(torch.cat(feed(cache, ids), 1), want)
+        cache.reset()
+        close(torch.cat(feed(cache, ids.flip(0)), 1), want.flip(0))
+        addresses = [x.data_ptr() for x in cache.named_tensors().values()]
+        cache.reorder_cache(torch.tensor([1, 0], device=device))
+        assert addresses == [x.data_ptr() for x in cache.named_tensors().values()]
+        twin = copy.deepcopy(cache)
+        for each in (cache, twin):  # with the rows in the order of ids again
+            got = logits(model, ids[:, :3], each)
+            more = logits(model, torch.cat((ids, ids[:, :3]), 1), DynamicCache(config=model.config))[:, -3:]
+            assert (got - more).abs().max() <= 0.2 * more.abs().max()  # these tokens have no codes of their own
+        with pytest.raises(NotImplementedError, match="SlidingLayer cannot be cropped"):
+            cache.crop(-1)
+    disable(model)
+
+
+def test_sliding_layers_are_cropped_where_nothing_is_overwritten(device):
+    model = tiny_gemma3(sliding_window=40).to(device)
+    ids = torch.randint(3, 97, (2, 30), generator=torch.Generator().manual_seed(2)).to(device)
+    books = lossless_for(model, ids, CONFIG)
+    want = logits(model, ids, DynamicCache(config=model.config))
+    enable(model)
+    cache = MillionStaticCache(model.config, books, 30, 2, device, torch.float32)
+    logits(model, torch.cat((ids[:, :20], ids[:, :5]), 1), cache)
+    cache.crop(-8)
+    close(logits(model, ids[:, 17:], cache), want[:, 17:])
+    cache.crop(-30)
+    close(logits(model, ids, cache), want)
+    with pytest.raises(ValueError, match="31 cannot be dropped"):
+        cache.crop(-31)
     disable(model)
 
 

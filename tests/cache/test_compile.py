@@ -14,8 +14,8 @@ from torch._inductor.utils import run_and_get_code
 from transformers import CompileConfig
 
 from million_cache import MillionStaticCache, PQConfig, disable, enable
-from tests.cache.lossless import RecordingCache, lossless_codebooks
-from tests.cache.tiny_models import tiny_llama
+from tests.cache.lossless import RecordingCache, lossless_codebooks, lossless_for
+from tests.cache.tiny_models import tiny_gemma3, tiny_llama
 
 # Layers that differ in everything they can differ in.
 CONFIG = PQConfig(2, 4, frame_tokens=8, recent_tokens=4, sink_tokens=2, allocation=[(2, 4), (8, 2)])
@@ -76,6 +76,24 @@ def test_one_graph_and_no_recompile(model_and_books, ids):
         again = torch.cat([compiled(ids[:, i : i + 1], past_key_values=cache).logits for i in range(33, 40)], 1)
     torch.testing.assert_close(again, want[:, -7:], rtol=1e-2, atol=1e-2)  # after a crop more keys come from codes
     assert counter.frame_count == 1
+
+
+def test_no_recompile_at_the_edge_of_a_sliding_window(ids):
+    """One graph for a window of 8 tokens that is filling, full and far behind; again after a reset."""
+    model = tiny_gemma3().to(ids.device)
+    books = lossless_for(model, ids, CONFIG)
+    enable(model)
+    try:
+        want = steps(model, model, new_cache(model, books), ids, prefill=3)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        cache = new_cache(model, books)
+        torch.testing.assert_close(steps(compiled, model, cache, ids, prefill=3), want)
+        cache.reset()
+        torch.testing.assert_close(steps(compiled, model, cache, ids, prefill=12), want[:, 9:], rtol=1e-3, atol=1e-3)
+        assert counter.frame_count == 1
+    finally:
+        disable(model)
 
 
 def test_compiled_prefill(model_and_books, ids):

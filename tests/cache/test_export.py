@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 from million_cache import MillionStaticCache, disable, enable
+from million_cache.cache import SlidingLayer
 from million_cache.export import DecodeStep
 from tests.cache.lossless import lossless_for
-from tests.cache.test_cache import random_codebooks
 from tests.cache.test_compile import CONFIG, MAX_LEN
 from tests.cache.tiny_models import tiny_gemma3, tiny_llama
 
@@ -103,16 +104,105 @@ def test_exported_from_an_empty_cache(model, books, ids, tmp_path):
     close(decode(program, ids, start, begin=0), want)
 
 
+# -- sliding-window layers ---------------------------------------------------------------------------------------------------
+
+WINDOW = 8  # of tiny_gemma3: the 40 tokens of `ids` cross its edge five times
+
+
+@pytest.fixture(scope="module")
+def gemma(device):
+    """Sliding, full, sliding, full; or a sliding layer behind the last full one too."""
+    model = tiny_gemma3(
+        num_hidden_layers=5, layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
+    )
+    assert model.config.sliding_window == WINDOW
+    model = model.to(device)
+    enable(model)
+    yield model
+    disable(model)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("prefill", [0, 3, WINDOW - 1, 12])
+@torch.no_grad()
+def test_sliding_layers(gemma, ids, tmp_path, batch, prefill):
+    """A step exported before, at and behind the window's edge repeats the eager steps and the dense model far beyond it, and the
+    eager cache goes on from where the program left it."""
+    ids = ids[:batch]
+    books = lossless_for(gemma, ids, CONFIG)
+    start = torch.zeros(batch, dtype=torch.int64, device=ids.device)
+
+    def prefilled():
+        cache = MillionStaticCache(gemma.config, books, MAX_LEN, batch, gemma.device, torch.float32)
+        if prefill:
+            gemma(ids[:, :prefill], past_key_values=cache)
+        return cache
+
+    dense = gemma(ids, past_key_values=DynamicCache(config=gemma.config)).logits[:, prefill:]
+    want = decode(DecodeStep(gemma, prefilled()), ids, start, begin=prefill)
+    assert (want - dense).abs().max() <= 2e-2 * dense.abs().max()
+    cache = prefilled()
+    step = DecodeStep(gemma, cache)
+    program = torch.export.export(step, step.example(), strict=True)
+    torch.export.save(program, tmp_path / "step.pt2")
+    close(decode(torch.export.load(tmp_path / "step.pt2").module(), ids, start, begin=prefill), want)
+    got = decode(program.module(), ids[:, :30], start, begin=prefill)
+    close(got, want[:, : 30 - prefill])
+    assert {int(layer.cumulative_length) for layer in cache.layers if isinstance(layer, SlidingLayer)} == {30}
+    if prefill:  # else the cache does not know that it is no longer empty
+        close(gemma(ids[:, 30:35], past_key_values=cache).logits, want[:, 30 - prefill : 35 - prefill])
+        close(decode(program.module(), ids, start, begin=35), want[:, 35 - prefill :])
+
+
+@torch.no_grad()
+def test_sliding_layers_hide_padding(gemma, ids, device):
+    """The program of a padded batch, which is given no mask, repeats `generate`'s steps, which are given one."""
+    books = lossless_for(gemma, ids, CONFIG)
+    padding = 5  # still inside the window when decoding begins
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def prefilled():
+        cache = MillionStaticCache(gemma.config, books, MAX_LEN, 2, gemma.device, torch.float32)
+        gemma(ids[:, :7], attention_mask=mask[:, :7], position_ids=positions[:, :7], past_key_values=cache)
+        return cache
+
+    cache = prefilled()
+    want = torch.cat(
+        [
+            gemma(
+                ids[:, i : i + 1],
+                attention_mask=mask[:, : i + 1],
+                position_ids=positions[:, i : i + 1],
+                past_key_values=cache,
+            ).logits
+            for i in range(7, ids.shape[1])
+        ],
+        1,
+    )
+    cache = prefilled()
+    step = DecodeStep(gemma, cache)
+    program = torch.export.export(step, step.example(), strict=True).module()
+    close(decode(program, ids, torch.tensor([0, padding], device=ids.device), begin=7), want)
+    hidden = gemma(ids[:, :1], position_ids=positions[:, :1], past_key_values=prefilled()).logits
+    cache = prefilled()
+    cache.state.clocks[0].start.zero_()  # it is the padding that makes the difference
+    shown = gemma(ids[:, :1], position_ids=positions[:, :1], past_key_values=cache).logits
+    assert (hidden[1] - shown[1]).abs().max() > 1e-2
+
+
 def test_what_cannot_be_exported(model, books):
     with pytest.raises(RuntimeError, match="no buffers yet"):
         DecodeStep(model, MillionStaticCache(model.config, books, MAX_LEN))
-    gemma = tiny_gemma3().to(model.device)
-    cache = MillionStaticCache(gemma.config, random_codebooks(gemma, CONFIG), MAX_LEN, 2, model.device, torch.float32)
+    disabled = tiny_llama(seed=1).to(model.device)
+    cache = MillionStaticCache(model.config, books, MAX_LEN, 2, model.device, torch.float32)
     with pytest.raises(RuntimeError, match="enable"):
+        DecodeStep(disabled, cache)
+
+
+def test_layers_that_count_in_python_cannot_be_exported(gemma, ids):
+    cache = MillionStaticCache(gemma.config, lossless_for(gemma, ids, CONFIG), MAX_LEN, 2, gemma.device, torch.float32)
+    cache.layers[0] = StaticCache(gemma.config, MAX_LEN).layers[0]
+    with pytest.raises(NotImplementedError, match="StaticSlidingWindowLayer cannot be exported"):
         DecodeStep(gemma, cache)
-    enable(gemma)
-    try:
-        with pytest.raises(NotImplementedError, match="StaticSlidingWindowLayer cannot be exported"):
-            DecodeStep(gemma, cache)
-    finally:
-        disable(gemma)

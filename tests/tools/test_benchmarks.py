@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,20 +103,69 @@ def test_results_are_merged(tmp_path, capsys):
 
 
 def test_times_of_different_machines_are_not_compared():
-    def case(cache, ms, machine):
-        common = {"model": "llama3-8b", "batch": 1, "tokens": 1024, "device": "cuda", "cache_gb": 1.0}
+    def case(cache, ms, machine, weights="bf16"):
+        common = {
+            "model": "llama3-8b",
+            "weights": weights,
+            "batch": 1,
+            "tokens": 1024,
+            "device": "cuda",
+            "cache_gb": 1.0,
+        }
         phase = {"status": "ok", "layers": 32, "ms": ms, "tokens_per_s": 1.0, "peak_gb": 1.0, "machine": machine}
         return {**common, "cache": cache, "decode": phase}
 
-    def ratio(here, there):
+    def ratio(here, there, weights="bf16"):
         rows = bench_generate.table(
-            [case("static-cudnn", 6.0, here), case("million-4bit", 2.0, there)], {here: {}, there: {}}
+            [case("static-cudnn", 6.0, here), case("million-4bit", 2.0, there, weights)], {here: {}, there: {}}
         )
         return "| 3.00 |" in rows
 
     assert ratio("GPU one, torch 1, today", "GPU one, torch 1, today")
     assert ratio("GPU one, torch 1, today", "GPU one, torch 1, yesterday")
     assert not ratio("GPU one, torch 1, today", "GPU two, torch 1, today")
+    assert not ratio("GPU one, torch 1, today", "GPU one, torch 1, today", weights="int8")
+
+
+def test_quantised_weights(tmp_path):
+    """int8 weights under both caches, in rows of their own that replace nothing of bf16; int4 says that it needs a GPU."""
+    pytest.importorskip("torchao", reason="torchao is not installed", exc_type=ImportError)
+    old = {"model": "tiny", "batch": 1, "tokens": 64, "cache": "static", "device": "cpu", "cache_gb": 0.0}
+    old["decode"] = {"status": "ok", "layers": 2, "ms": 1e9, "tokens_per_s": 1.0, "peak_gb": None, "machine": "old"}
+    (tmp_path / "generate.json").write_text(json.dumps({"machines": {"old": {}}, "cases": [old]}))  # without "weights"
+    arguments = ["--device", "cpu", "--model", "tiny", "--batch", "1", "--tokens", "64", "--steps", "2"]
+    arguments += ["--caches", "static,million-4bit", "--save", "--out", str(tmp_path)]
+    assert bench_generate.main([*arguments, "--weights", "int8", "--ttft"]) == 0
+    cases = {(x["weights"], x["cache"]): x for x in json.loads((tmp_path / "generate.json").read_text())["cases"]}
+    assert set(cases) == {("bf16", "static"), ("int8", "static"), ("int8", "million-4bit")}
+    assert cases["bf16", "static"]["decode"]["ms"] == 1e9
+    assert all(cases["int8", x]["decode"]["status"] == "ok" for x in ("static", "million-4bit"))
+    rows = [x for x in (tmp_path / "generate.md").read_text().splitlines() if x.startswith("| tiny")]
+    assert [x.split(" | ")[1] for x in rows] == ["bf16", "int8", "int8"]
+    with pytest.raises(NotImplementedError, match="for GPUs"):
+        bench_generate.main([*arguments, "--weights", "int4"])
+
+
+def test_quantised_weights_are_used_and_counted():
+    """The step's products are int8's: logits are near and not the same; bytes are those that torchao allocated."""
+    pytest.importorskip("torchao", reason="torchao is not installed", exc_type=ImportError)
+    model = build_model(model_config("tiny"), "cpu", torch.bfloat16)
+    dense = logits_of_step(model, "million-4bit").float()
+    generation.quantise_weights(model, "int8")
+    assert 0 < (logits_of_step(model, "million-4bit").float() - dense).norm() < 0.1 * dense.norm()
+
+    def allocated(x) -> int:
+        parts = getattr(x, "tensor_data_names", None)
+        return sum(getattr(x, name).nbytes for name in parts) if parts else x.nbytes
+
+    counted = generation.weight_bytes("tiny", weights="int8")
+    assert counted == sum(allocated(x) for x in model.parameters()) < generation.weight_bytes("tiny")
+    case = Case("llama3-8b", 1, 1024, "static")
+    by_weights = {x: replace(case, weights=x).bytes()["weights"] for x in generation.WEIGHTS}
+    layers = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)  # elements
+    assert by_weights["bf16"] - by_weights["int4"] == layers * 2 - layers // 2 - layers // 128 * 4
+    with pytest.raises(ValueError, match="one of bf16, int8, int4"):
+        generation.quantise_weights(model, "int3")
 
 
 def test_a_failure_is_recorded_and_stops_nothing(tmp_path, monkeypatch):
@@ -200,14 +250,79 @@ def test_under_pytest():
     assert "1 passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_longest_context_by_allocation(monkeypatch):
-    """The path that a GPU takes, with the sum of bytes in the place of its cap."""
-    monkeypatch.setattr(million_tokens, "device_bytes", lambda device: 20_000_000)
+def test_longest_context_by_allocation(monkeypatch, tmp_path):
+    """The path that a GPU takes, with the sum of bytes in the place of its cap: a prefill chunk and a step run in every cache that is
+    tried, what is beyond the memory is arithmetic and says so, and arithmetic does not replace a measurement."""
+    for module in (million_tokens, generation):
+        monkeypatch.setattr(module, "device_bytes", lambda device: 20_000_000)
+    caps, seen = [], []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", caps.append)
+    monkeypatch.setattr(million_tokens, "BEHIND", 200)
+    monkeypatch.setattr(million_tokens, "CHUNK", 100)
+    works = million_tokens.fill
+
+    def watched(cache, model, tokens, batch):
+        seen.append(cache)
+        works(cache, model, tokens, batch)
+
+    monkeypatch.setattr(million_tokens, "fill", watched)
+    monkeypatch.setattr(million_tokens, "free_memory", lambda device: seen and seen[-1].check())
+    arguments = [
+        "--device",
+        "cpu",
+        "--model",
+        "tiny",
+        "--longest",
+        "--preset",
+        "2bit",
+        "--save",
+        "--out",
+        str(tmp_path),
+    ]
+    assert million_tokens.main([*arguments, "--limits", "0.01,0.03"]) == 0
+    assert caps == [0.5, 1.0]
+    lengths = {int(x.get_seq_length()) for x in seen}
+    assert max(lengths) == million_tokens.BEHIND + million_tokens.CHUNK + 1
+    rows = {
+        x["limit_gb"]: x
+        for x in json.loads((tmp_path / "million_tokens.json").read_text())["longest"]
+        if x["model"] == "tiny"
+    }
+    assert rows[0.01]["measured"] and rows[0.01]["tokens"] % million_tokens.STEP == 0
+    assert 0.018 < rows[0.01]["cache_gb"] <= 0.02
+    assert not rows[0.03]["measured"] and rows[0.03]["cache_gb"] < 0.03
+    monkeypatch.setattr(million_tokens, "device_bytes", lambda device: None)
+    assert million_tokens.main([*arguments, "--limits", "0.01,0.04"]) == 0
+    again = {
+        x["limit_gb"]: x
+        for x in json.loads((tmp_path / "million_tokens.json").read_text())["longest"]
+        if x["model"] == "tiny"
+    }
+    assert again[0.01] == rows[0.01] and not again[0.04]["measured"]
+
+
+def test_longest_context_stops_where_memory_ends(monkeypatch):
+    """Out of memory is an answer, any other error is one of its own."""
+    monkeypatch.setattr(million_tokens, "device_bytes", lambda device: 1 << 40)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction: None)
-    found, too_large = million_tokens.longest_context("tiny", "2bit", [0.01, 0.03], None, "cpu")
-    assert found["measured"] and found["status"] == "ok" and found["tokens"] % million_tokens.STEP == 0
-    assert 0.018 < found["cache_gb"] <= 0.02
-    assert too_large["status"] == "the GPU has 0 GB"
+    monkeypatch.setattr(million_tokens, "BEHIND", 200)
+    monkeypatch.setattr(million_tokens, "CHUNK", 100)
+    model = build_model(model_config("tiny"), "cpu", torch.bfloat16)
+
+    def allocate(error):
+        def make(config, books, tokens, *rest):
+            if tokens > 5 * million_tokens.STEP:
+                raise error
+            return MillionStaticCache(config, books, tokens, *rest)
+
+        return make
+
+    monkeypatch.setattr(million_tokens, "MillionStaticCache", allocate(RuntimeError("CUDA error: out of memory")))
+    (found,) = million_tokens.longest_context("tiny", "4bit", [80.0], None, "cpu", model)
+    assert found["tokens"] == 5 * million_tokens.STEP and found["measured"]
+    monkeypatch.setattr(million_tokens, "MillionStaticCache", allocate(RuntimeError("no such kernel")))
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        million_tokens.longest_context("tiny", "4bit", [80.0], None, "cpu", model)
 
 
 def test_bytes_are_the_allocated_ones(tiny):
