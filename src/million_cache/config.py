@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -85,3 +86,11 @@ PRESETS = {
     "2bit": PQConfig(k_subspace_dim=4, v_subspace_dim=4, frame_tokens=256),
     "1bit": PQConfig(k_subspace_dim=8, v_subspace_dim=8, frame_tokens=128),
 }
+
+
+def package_version() -> str:
+    """Of this package; "source" where it is imported from a tree that nobody installed."""
+    try:
+        return importlib.metadata.version("million")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import million_ops
 from million_cache.codebook import Codebooks
-from million_cache.config import PQConfig
+from million_cache.config import PQConfig, package_version
 from million_cache.loading import SMOLLM2, cache_dir, fetch, load_model, read_text, shipped_codebooks, shipped_text
 from million_cache.models import fingerprint
 from million_cache.programs import Generation, calibrate_text, evaluate_text, generate_text, load_codebooks, megabytes
@@ -61,7 +60,7 @@ def demo_codebooks(
     config = PQConfig.preset(preset)
     key = json.dumps(
         [
-            importlib.metadata.version("million"),
+            package_version(),
             fingerprint(model).to_dict(),
             config.to_dict(),
             body,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import importlib.resources
 import json
 import os
@@ -27,7 +26,7 @@ from million_cache.attention import disable, enable
 from million_cache.cache import MillionStaticCache
 from million_cache.calibration import calibrate_all
 from million_cache.codebook import Codebooks
-from million_cache.config import PQConfig
+from million_cache.config import PQConfig, package_version
 from million_cache.evaluate import evaluate, tensor_bytes, with_window
 from million_cache.loading import UserError, atomic_path, contexts, hub_reachable, shipped_codebooks
 from million_cache.models import cache_argument
@@ -447,7 +446,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "million": importlib.metadata.version("million"),
+        "million": package_version(),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from million_cache.calibration.finetune import finetune, useful_sequences
 from million_cache.calibration.sensitivity import measure_sensitivity
 from million_cache.calibration.train import train_layer
 from million_cache.codebook import Codebooks, LayerCodebooks, LayerReport
-from million_cache.config import PQConfig
+from million_cache.config import PQConfig, package_version
 from million_cache.models import check_length, check_supported, fingerprint, measure_rotations
 from million_ops.layout import CENTROIDS, SUBSPACE_DIMS
 
@@ -83,7 +82,7 @@ def _settings(
         **others,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "million": importlib.metadata.version("million"),
+        "million": package_version(),
     }
 
 
