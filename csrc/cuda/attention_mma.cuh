@@ -29,7 +29,8 @@
 //   * the warps for scores do the scores of exact tokens (sinks, ring, new), 16 at a time, with loads in place of
 //   lookups;
 //   * the warps for values prepare the queries of the block's RoPE frames, q_f = T^-T R(-t_f) q / power of two in the
-//     order of A, with T^-1 in registers; then they do the values of exact tokens.
+//     order of A, with T^-1 in registers (those for scores rotate for all products but the first); then they do the
+//     values of exact tokens.
 // The splits of a row are a cluster of blocks, if so many fit, and send their parts to each other's shared memory; else
 // they leave partial results and a second kernel merges.
 #pragma once

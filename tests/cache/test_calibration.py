@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from million_cache.calibration.kmeans import assign, kmeans, seed, update
 from million_cache.calibration.sensitivity import measure_sensitivity, row_weights
 from million_cache.calibration.train import framed_keys
 from million_cache.calibration.transform import average_over_rotation, deal, key_transform
-from million_cache.config import PQConfig
+from million_cache.config import PQConfig, package_version
 from million_cache.models import measure_rotations
 from million_ops.reference import rotate
 from tests.cache.test_models import DYNAMIC, LearnedPositions
@@ -462,3 +463,11 @@ def test_unsupported_model_is_refused_before_anything_runs():
     model.config.attn_logit_softcapping = 30.0
     with pytest.raises(NotImplementedError, match="softcap"):
         quick(model)
+
+
+def test_version_of_a_tree_that_is_not_installed(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert package_version() == "source"
