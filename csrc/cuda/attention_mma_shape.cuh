@@ -9,7 +9,12 @@
 namespace million {
 namespace mma {
 
-constexpr int kSharedBase = 1024;  // where dynamic shared memory begins: the driver keeps the first KiB (checked)
+// Where dynamic shared memory begins (checked): the driver keeps the first KiB, which older GPUs do not count.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kSharedBase = 0;
+#else
+constexpr int kSharedBase = 1024;
+#endif
 constexpr int kTile = 64;
 constexpr int kAhead = 2;        // tiles from the one at hand to the one that is brought to the L2 cache
 constexpr int kMaxCluster = 16;  // blocks

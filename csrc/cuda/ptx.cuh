@@ -107,8 +107,10 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
 }
 // Arrives, and waits for so many bytes of bulk copies as well.
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
+#endif
 }
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
