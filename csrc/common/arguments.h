@@ -155,7 +155,18 @@ struct LayerTensors {
     return contiguous_data<T>(x, copies);
   }
 
-  Layer describe() {
+  // [H, D, D] with every matrix column after column, or a copy.
+  const uint16_t* columns_of(const Tensor& x) {
+    const int64_t D = x.size(2);
+    const auto strides = x.strides();
+    if (strides[0] == D * D && strides[1] == 1 && strides[2] == D)
+      return static_cast<const uint16_t*>(x.const_data_ptr());
+    copies.push_back(torch::stable::contiguous(torch::stable::transpose(x, 1, 2)));
+    return static_cast<const uint16_t*>(copies.back().const_data_ptr());
+  }
+
+  // `attends`: for attention, which takes the transform's inverse.
+  Layer describe(bool attends = false) {
     Layer a{};
     check_shape("k", k, {kAny, kAny, kAny, kAny}, "[B, H, n, D]");
     a.B = k.size(0), a.H = k.size(1), a.n = k.size(2), a.D = k.size(3);
@@ -168,8 +179,14 @@ struct LayerTensors {
     a.k = coded_of("k_codebook", k_codebook, a.H, a.D, k, copies);
     a.v = coded_of("v_codebook", v_codebook, a.H, a.D, k, copies);
     if (transform) {
-      check_shape("k_transform", *transform, {a.H, a.D, a.D}, "[KV heads, D, D]");
-      a.transform = values_of<float>("k_transform", *transform, ScalarType::Float);
+      const char* name = attends ? "k_transform_inv" : "k_transform";
+      check_shape(name, *transform, {a.H, a.D, a.D}, "[KV heads, D, D]");
+      if (attends && k_layout == kMmaK) {
+        check_dtype("k_transform_inv of codes packed as mma_k", *transform, ScalarType::Half, k);
+        a.inverse = columns_of(*transform);
+      } else {
+        a.transform = values_of<float>(name, *transform, ScalarType::Float);
+      }
     }
     if (inv_freq) {
       REQUIRE(inv_freq->dim() == 1 && inv_freq->size(0) > 0 && 2 * inv_freq->size(0) <= a.D,

@@ -30,8 +30,9 @@ struct Layer {
   DType dtype;
   Strided k_new, v_new;
   Coded k, v;
-  const float* transform;  // [H, D, D]: T in append, its inverse in attention; null for the identity
-  const float* inv_freq;   // [half]; null when keys stay as the model gave them (no frames or no rotation)
+  const float* transform;   // [H, D, D]: T in append, its inverse in attention; null for the identity
+  const uint16_t* inverse;  // instead of it in attention over layout mma_k: fp16, [H, D, D] column after column
+  const float* inv_freq;    // [half]; null when keys stay as the model gave them (no frames or no rotation)
   int64_t half, frame_tokens;
   bool interleaved;
   char *k_ring, *v_ring, *k_sinks, *v_sinks;

@@ -1,5 +1,7 @@
 // Registers the CPU kernels: checks arguments as `million_ops/_checks.py` does, describes tensors as plain structs,
 // shares the work items among torch's threads. The only file here that includes torch.
+#include <torch/headeronly/util/Half.h>
+
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -153,11 +155,24 @@ void plan(Attention& a) {
   a.splits = std::max<int64_t>(1, std::min(kItems / a.groups(), slots / (kSplitTiles * kBlockTokens)));
 }
 
+// `Layer::inverse` as the kernels here read a transform: fp32, row after row.
+std::vector<float> rows_of_inverse(const Layer& layer) {
+  if (!layer.inverse) return {};
+  const int64_t D = layer.D;
+  std::vector<float> rows(layer.H * D * D);
+  for (int64_t i = 0; i < layer.H * D; i++)
+    for (int64_t column = 0; column < D; column++)
+      rows[i * D + column] = c10::Half(layer.inverse[i / D * D * D + column * D + i % D], c10::Half::from_bits());
+  return rows;
+}
+
 std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, const std::optional<Tensor>& mask,
                                      double scale, bool with_lse) {
   Attention a{};
-  a.layer = with_time(tensors.describe());
+  a.layer = with_time(tensors.describe(true));
   const Layer& layer = a.layer;
+  const std::vector<float> inverse = rows_of_inverse(layer);
+  if (layer.inverse) a.layer.transform = inverse.data();
   a.G = check_query(q, tensors.k);
   const int64_t heads = layer.H * a.G;
   a.q = strided_of(q, size_of(layer.dtype), tensors.copies);

@@ -24,6 +24,9 @@ __device__ __forceinline__ int slot_index(int64_t slot) {
   return int(min(max(slot, int64_t(-kMaxSlot)), int64_t(kMaxSlot)));
 }
 
+// x / y of 0 <= x < 2^21, with by = 1 / y.
+__device__ __forceinline__ int quotient(int x, float by) { return int((x + .5f) * by); }
+
 // The slots that the rows of a block read from codes, and which of them every row reads.
 struct Range {
   int begin, end;  // any row
@@ -35,25 +38,24 @@ struct RowBlock {
   const Attention& a;
   const Layer& layer;
   int b, h;
-  int row0, rows;  // rows row0 .. row0 + rows - 1 of the launch are this block's
-  int64_t first;   // slot of the first new token
-  int64_t oldest;  // that the ring may hold
-  int start;
+  int row0, rows;            // rows row0 .. row0 + rows - 1 of the launch are this block's
+  int first, oldest, start;  // slots: of the first new token, the oldest that the ring may hold, the row's first
 
   __device__ RowBlock(const Attention& a, int row_and_head, int row0, int rows)
       : a(a),
         layer(a.layer),
-        b(row_and_head / int(a.layer.H)),
-        h(row_and_head % int(a.layer.H)),
+        b(quotient(row_and_head, a.by_heads)),
+        h(row_and_head - b * int(a.layer.H)),
         row0(row0),
         rows(min(rows, a.rows - row0)),
-        first(first_slot(a.layer)),
-        oldest(a.layer.clock[2]),
-        start(a.layer.start[b]) {}
+        first(slot_index(first_slot(a.layer))),
+        oldest(slot_index(a.layer.clock[2])),
+        start(slot_index(a.layer.start[b])) {}
 
-  __device__ int query(int r) const { return a.query0 + min(row0 + r, a.rows - 1) / a.G; }
-  __device__ int64_t position(int r) const { return first + query(r); }  // slot of a row's own token
-  __device__ int64_t ring_begin() const { return max(oldest, first - layer.R); }
+  __device__ int query(int r) const { return a.query0 + quotient(min(row0 + r, a.rows - 1), a.by_group); }
+  __device__ int query_head(int r) const { return h * a.G + row0 + r - quotient(row0 + r, a.by_group) * a.G; }
+  __device__ int position(int r) const { return first + query(r); }  // slot of a row's own token
+  __device__ int ring_begin() const { return max(oldest, first - int(layer.R)); }
 
   __device__ bool masked(int r, int64_t slot) const {
     if (a.mask == nullptr) return false;
@@ -61,13 +63,11 @@ struct RowBlock {
   }
   __device__ bool from_ring(int r, int64_t slot) const { return slot > position(r) - layer.R && slot >= ring_begin(); }
 
-  __device__ Range range() const {
-    return {slot_index(max(int64_t(start) + layer.N, int64_t(0))), coded_end(rows - 1), coded_end(0)};
-  }
+  __device__ Range range() const { return {max(start + int(layer.N), 0), coded_end(rows - 1), coded_end(0)}; }
   // End of the slots that row r reads from codes: what follows is not stored, or in the ring.
   __device__ int coded_end(int r) const {
-    const int64_t stored = min(first, min(layer.k.slots, layer.v.slots));
-    return slot_index(min(stored, max(position(r) - layer.R + 1, ring_begin())));
+    const int stored = min(first, min(int(layer.k.slots), int(layer.v.slots)));
+    return min(stored, max(position(r) - int(layer.R) + 1, ring_begin()));
   }
 
   __device__ const __half* codebook(const Coded& book) const {
@@ -76,11 +76,11 @@ struct RowBlock {
   __device__ int64_t head() const { return int64_t(b) * layer.H + h; }
 
   // Channels of row r's query, as the model gave them.
-  __device__ const char* query_row(int r) const { return a.q.at(b, h * a.G + (row0 + r) % a.G, query(r)); }
+  __device__ const char* query_row(int r) const { return a.q.at(b, query_head(r), query(r)); }
 
   // Writes row r's channel c of the result. `total` is the softmax denominator of the scores relative to `top` (log2).
   __device__ void store_result(int r, int c, float numerator, float total, float top) const {
-    const int head = h * a.G + (row0 + r) % a.G, heads = int(layer.H) * a.G;
+    const int head = query_head(r), heads = int(layer.H) * a.G;
     // A query that sees nothing (left padding) gets zeros and an LSE of -inf, never NaN.
     store(a.out, ((int64_t(b) * layer.n + query(r)) * heads + head) * layer.D + c,
           total == 0.f ? 0.f : numerator / total, layer.dtype);

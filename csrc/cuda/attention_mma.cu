@@ -29,7 +29,7 @@ __global__ void merge_kernel(const __grid_constant__ Attention a) {
     for (int i = 0; i < kAtOnce; i++)
       if (split + i < a.splits) merged.add(end[i], x[i]);
   }
-  const int query = block.query(0), head = block.h * a.G + block.row0 % a.G, heads = int(a.layer.H) * a.G;
+  const int query = block.query(0), head = block.query_head(0), heads = int(a.layer.H) * a.G;
   merged.store(a, ((int64_t(block.b) * a.layer.n + query) * heads + head) * a.layer.D,
                (int64_t(block.b) * heads + head) * a.layer.n + query, line);
 }

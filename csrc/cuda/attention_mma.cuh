@@ -89,37 +89,50 @@ struct Block : RowBlock {
   static __device__ int arrivals() {
     return by_bulk<Table>() ? 1 : S::kHalf;
   }
-  // Whether keys' table comes in two.
+  // Whether keys' table comes in two; and whether the second is the first, moved, copied within the block, because the
+  // L2 cache, which all blocks ask for tables at the same time, is what they wait for. Four warps are too few for that.
   static constexpr bool in_two() { return by_bulk<K>() && K::kCopies > 1; }
+  static constexpr bool copies_second() { return in_two() && S::kPairs > 4; }
 
-  // Bulk copies come in the order in which they are needed: T^-1 and keys' first table before anything else, then, over
-  // T^-1, values' table and keys' second copy. Each by one thread of the warps for values.
+  // Bulk copies come in the order in which they are needed: T^-1 (by loads) and keys' first table before anything else,
+  // then, when the block has read what it begins with, the rest. Each by one thread of the warps for values.
   __device__ void copy_page(uint64_t* barrier, const __half* codebook, char* to) const {
     barrier_expect(barrier, kPage);
     bulk_copy(to, codebook, kPage, barrier);
   }
   __device__ void start_first() const {
-#if __CUDA_ARCH__ >= 900
-    if (layer.transform != nullptr) {
-      constexpr int kBytes = S::D * S::D;  // of a quarter, fp32
-      const float* from = layer.transform + int64_t(h) * kBytes;
-      barrier_expect(&scratch.inverse, 4 * kBytes);
-#pragma unroll 1
-      for (int i = 0; i < 4; i++)
-        bulk_copy(shared + S::kInverse + i * S::kQuarter, from + i * (kBytes / 4), kBytes, &scratch.inverse);
-    }
     if constexpr (by_bulk<K>()) copy_page(&scratch.k_table, codebook(layer.k), shared);
-#endif
   }
   __device__ void start_second() const {
-    if constexpr (by_bulk<V>() || in_two()) {
+    constexpr bool kMore = in_two() && !copies_second();
+    if constexpr (by_bulk<V>() || kMore) {
       if (threadIdx.x == S::kThreads - kWarp) {  // of the warp that rotates least
-        bulk_fence();
-        if constexpr (in_two()) copy_page(&scratch.k_more, codebook(layer.k), shared + kPage + K::kMove);
+        if constexpr (kMore) copy_page(&scratch.k_more, codebook(layer.k), shared + kPage + K::kMove);
         if constexpr (by_bulk<V>()) copy_page(&scratch.v_table, codebook(layer.v), shared + S::kValueTable);
       }
     }
     load_table<V>(codebook(layer.v), shared + S::kValueTable, &scratch.v_table);
+  }
+  // Keys' second table, by the warps for scores, if possible those without exact tokens.
+  __device__ void copy_second() const {
+    if constexpr (copies_second()) {
+      constexpr int kAtOnce = 4, kBytes = kWarp * 16;
+      if (warp >= scratch.busy) {
+        barrier_wait(&scratch.k_table, 0);
+#pragma unroll 1
+        for (int i = (warp - scratch.busy) * kAtOnce; i < kPage / kBytes; i += (S::kPairs - scratch.busy) * kAtOnce) {
+          const uint4* from = reinterpret_cast<const uint4*>(shared) + i * kWarp + lane;
+          uint4* to = reinterpret_cast<uint4*>(shared + kPage + K::kMove) + i * kWarp + lane;
+          uint4 x[kAtOnce];
+#pragma unroll
+          for (int j = 0; j < kAtOnce; j++) x[j] = from[j * kWarp];
+#pragma unroll
+          for (int j = 0; j < kAtOnce; j++) to[j * kWarp] = x[j];
+        }
+        __syncwarp();
+      }
+      if (lane < kArrivals) barrier_arrive(&scratch.k_more);
+    }
   }
   // A table that does not come by bulk copies.
   template <class Table>
@@ -164,8 +177,7 @@ struct Block : RowBlock {
     } else if (threadIdx.x == S::kHalf) {  // those that are told by copies or by other blocks
       barrier_init(&scratch.k_table, arrivals<K>());
       barrier_init(&scratch.v_table, arrivals<V>());
-      barrier_init(&scratch.inverse, 1);
-      barrier_init(&scratch.k_more, 1);
+      barrier_init(&scratch.k_more, copies_second() ? S::kPairs * kArrivals : 1);
       barrier_init(&scratch.parts, 1);
       bulk_fence();
       barriers_to_cluster();
@@ -191,8 +203,9 @@ struct Block : RowBlock {
   __device__ void describe(int origin) const {
     if (warp != S::kPairs - 1) return;
     const auto from_lane = [](int x, int lane) { return __shfl_sync(~0u, x, lane); };
-    const int at = slot_index(first), oldest = slot_index(max(ring_begin(), int64_t(0)));
-    const int ring = max(min(at - oldest, int(layer.R)), 0), sinks = int(layer.N), exact = sinks + ring + int(layer.n);
+    const int oldest = max(ring_begin(), 0);
+    const int ring = max(min(first - oldest, int(layer.R)), 0), sinks = int(layer.N),
+              exact = sinks + ring + int(layer.n);
     const Range seen = range();
     // Tiles of 64 slots: there are at most 2^24, and splits fewer than 2^8.
     const uint32_t tile0 = max(seen.begin, 0) / kTile, all = max((seen.end + kTile - 1) / kTile - int(tile0), 0);
@@ -207,26 +220,38 @@ struct Block : RowBlock {
     // Pairs with exact tokens get fewer tiles: the first `more` pairs have a group more than the others.
     const int tiles = end - begin, more = mine % S::kPairs, rest = S::kPairs - more;
     const int few = max((tiles + kGroupTiles * mine) / S::kPairs - kGroupTiles * (mine / S::kPairs + 1), 0);
-    const int first = (int(tile0) + begin) * kTile, last = (int(tile0) + end) * kTile - 1;
+    const int slot = (int(tile0) + begin) * kTile, last = (int(tile0) + end) * kTile - 1;
     const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
     const uint32_t quotient = uint32_t(lane <= S::kPairs       ? (tiles - more * few) * max(lane - more, 0)
-                                       : lane == S::kPairs + 1 ? first
+                                       : lane == S::kPairs + 1 ? slot
                                                                : max(last, 0)) /
                               uint32_t(lane <= S::kPairs ? rest : tokens);
     const int first_frame = from_lane(quotient, S::kPairs + 1), last_frame = from_lane(quotient, S::kPairs + 2);
     if (lane <= S::kPairs) scratch.bounds[lane] = int(tile0) + begin + min(lane, more) * few + int(quotient);
     if (lane == 0) {
-      constexpr int kToken = S::D * 2;  // bytes
-      scratch.exact = {exact, sinks, ring, oldest, ring > 0 ? oldest - turns * int(layer.R) : 0, at, start};
+      scratch.exact = {exact, sinks, ring, oldest, ring > 0 ? oldest - turns * int(layer.R) : 0, first, start};
       scratch.seen = seen;
-      const int64_t sink0 = head() * sinks * kToken, ring0 = head() * layer.R * kToken;
+      scratch.busy = mine < S::kPairs ? mine : 0;
+      scratch.origin = origin;
+      scratch.frames = slot > last                 ? Frames{0, 0}
+                       : layer.inv_freq == nullptr ? Frames{0, 1}
+                                                   : Frames{first_frame, min(last_frame + 1, a.frames)};
+    }
+  }
+
+  // What needs less, by two of the warps for values: where exact tokens and query rows are.
+  __device__ void describe_places() const {
+    constexpr int kToken = S::D * 2;  // bytes
+    if (warp == S::kPairs + 1 && lane == 0) {
+      const int64_t sink0 = head() * layer.N * kToken, ring0 = head() * layer.R * kToken;
       scratch.places[0] = {layer.k_sinks + sink0, layer.v_sinks + sink0, kToken, kToken};
       scratch.places[1] = {layer.k_ring + ring0, layer.v_ring + ring0, kToken, kToken};
       scratch.places[2] = {layer.k_new.at(b, h, 0), layer.v_new.at(b, h, 0), layer.k_new.token, layer.v_new.token};
-      scratch.origin = origin;
-      scratch.frames = first > last                ? Frames{0, 0}
-                       : layer.inv_freq == nullptr ? Frames{0, 1}
-                                                   : Frames{first_frame, min(last_frame + 1, a.frames)};
+    }
+    if (warp == S::kPairs + 2 && lane < S::Rows) {
+      const int row = min(lane, rows - 1), at = query(row), own = query_head(row), heads = int(layer.H) * a.G;
+      scratch.rows[lane] = {position(row), coded_end(row), at, ((int64_t(b) * layer.n + at) * heads + own) * S::D,
+                            (int64_t(b) * heads + own) * layer.n + at};
     }
   }
 
@@ -285,12 +310,12 @@ struct Block : RowBlock {
   static constexpr int kKeyTile = kTile * S::D / S::KD, kValueTile = kTile * S::D / S::VD;  // bytes
   using Words = uint32_t[kWords];
 
-  // The warp's codes, keys' or values': the lane's of the run's first tile.
-  __device__ const uint8_t* codes(const Run& tiles) const {
-    const Coded& book = warp < S::kPairs ? layer.k : layer.v;
-    const int subspaces = warp < S::kPairs ? S::D / S::KD : S::D / S::VD;
+  // Codes, keys' or values': the lane's of the run's first tile.
+  __device__ const uint8_t* codes(const Coded& book, int subspaces, const Run& tiles) const {
     return book.codes + (head() * book.slots + int64_t(tiles.begin) * kTile) * subspaces + lane * 16;
   }
+  __device__ const uint8_t* key_codes(const Run& tiles) const { return codes(layer.k, S::D / S::KD, tiles); }
+  __device__ const uint8_t* value_codes(const Run& tiles) const { return codes(layer.v, S::D / S::VD, tiles); }
 
   static __device__ __forceinline__ void fetch(Words& words, int chunk, const uint8_t* unit) {
     const uint4 x = load_codes(unit + chunk * 512);
@@ -318,36 +343,34 @@ struct Block : RowBlock {
             min(S::kTiles, tiles - row0 / 4)};
   }
 
-  // A warp's columns of T^-1, `kUnits` times 8 channels, as B operands: pairs of rows as sums of two fp16 numbers. They
-  // stay in registers for all products.
+  // A warp's columns of T^-1, `kUnits` times 8 channels, as B operands of two steps at a time. They stay in registers
+  // for all products.
   static constexpr int kUnits = (S::D / 8 + S::kPairs - 1) / S::kPairs;
-  struct Inverse {
-    uint32_t rounded[S::D / 16][kUnits][2], rest[S::D / 16][kUnits][2];
-  };
+  using Inverse = uint4[kUnits][S::D / 32];
   __device__ int unit(int u) const { return warp - S::kPairs + u * S::kPairs; }
-  // The depths of a product are the rows of T^-1 in the order `depth_of`.
+  // T^-1 lies in memory column after column, so that a lane reads eight depths of its column at once: they are in the
+  // order `depth_of`.
   __device__ void take_inverse(Inverse& to) const {
-    if (layer.transform == nullptr) return;
-#if __CUDA_ARCH__ >= 900
-    barrier_wait(&scratch.inverse, 0);
-    const float* const from = reinterpret_cast<const float*>(shared + S::kInverse) + c * (S::kQuarter / 4) + n;
-#else
-    const float* const from = layer.transform + int64_t(h) * S::D * S::D + c * (S::D * S::D / 4) + n;
-#endif
+    if (layer.inverse == nullptr) {
+#pragma unroll
+      for (int u = 0; u < kUnits; u++)
+#pragma unroll
+        for (int i = 0; i < S::D / 32; i++) {
+          const uint32_t one = 4 * i + c == unit(u) ? 0x3c00u << n % 2 * 16 : 0;  // of the lane's 8 depths the n-th
+          to[u][i] = {n / 2 == 0 ? one : 0, n / 2 == 1 ? one : 0, n / 2 == 2 ? one : 0, n / 2 == 3 ? one : 0};
+        }
+      return;
+    }
+    const uint4* const from = reinterpret_cast<const uint4*>(layer.inverse) + int64_t(h) * (S::D * S::D / 8) + c;
 #pragma unroll
     for (int u = 0; u < kUnits; u++)
 #pragma unroll
-      for (int step = 0; step < S::D / 16; step++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const float* at = from + (4 * step + 2 * i) * S::D + 8 * min(unit(u), S::D / 8 - 1);
-          split(at[0], at[S::D], to.rounded[step][u][i], to.rest[step][u][i]);
-        }
+      for (int i = 0; i < S::D / 32; i++)
+        to[u][i] = __ldg(from + (8 * min(unit(u), S::D / 8 - 1) + n) * (S::D / 8) + 4 * i);
   }
-  // Depths of a channel: lane c's four of a step, 2 c, 2 c + 1, 2 c + 8, 2 c + 9, are neighbours in quarter c.
-  static __device__ __forceinline__ int depth_of(int channel) {
-    const int quarter = channel / (S::D / 4), at = channel % (S::D / 4);
-    return at / 4 * 16 + 2 * quarter + at % 2 + at % 4 / 2 * 8;
+  // The depth of a channel: lane c's eight of two steps, 2 c, 2 c + 1, 2 c + 8, 2 c + 9 of each, are neighbours.
+  static __device__ __forceinline__ uint32_t depth_of(uint32_t channel) {
+    return channel / 32 * 32 + channel % 8 / 4 * 16 + channel % 4 / 2 * 8 + channel % 32 / 8 * 2 + channel % 2;
   }
 
   // The block's queries, divided by a power of two so that fp16 neither overflows nor loses small ones, and where they
@@ -380,14 +403,7 @@ struct Block : RowBlock {
       for (int i = 0; i < kQueryWords; i++)
         if (i * kWarp + lane < S::kLine)
           *reinterpret_cast<float2*>(&scratch.query[r][2 * (i * kWarp + lane)]) = {x[i].x * by, x[i].y * by};
-      if (lane == 0) {
-        scratch.magnitude[r] = fmaxf(power * fabsf(a.scale) * kLog2e, FLT_MIN);
-        const int row = min(r, rows - 1), at = query(row), own = h * a.G + (row0 + row) % a.G;
-        const int heads = int(layer.H) * a.G;
-        scratch.rows[r] = {slot_index(position(row)), coded_end(row), at,
-                           ((int64_t(b) * layer.n + at) * heads + own) * S::D,
-                           (int64_t(b) * heads + own) * layer.n + at};
-      }
+      if (lane == 0) scratch.magnitude[r] = fmaxf(power * fabsf(a.scale) * kLog2e, FLT_MIN);
     }
   }
 
@@ -397,49 +413,50 @@ struct Block : RowBlock {
   }
 
   // R(-t_f) q for the rows of a product, kFrames frames x the block's query rows, in fp16: a model's own rotation
-  // rounds no less. By one half of the block, `thread` of kHalf; `items`: pairs of channels of two rows, of frames that
-  // are there.
-  __device__ void rotate(int frame0, int items, __half (&to)[16][S::D + 8], int thread) const {
-    const int half = layer.inv_freq ? int(layer.half) : 0, tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
-#pragma unroll 1
-    for (int i = thread; i < items; i += S::kHalf) rotate_pair(frame0, i, half, tokens, to);
+  // rounds no less. Of `Count` rows of a frame a pair of channels; `i` counts pairs of channels, then so many rows.
+  struct Rotation {
+    int half, tokens;  // pairs that rotate; tokens of a frame
+  };
+  __device__ Rotation rotation() const {
+    return {layer.inv_freq ? int(layer.half) : 0, int(min(layer.frame_tokens, int64_t(kMaxSlot)))};
   }
-  // A pair of channels of two rows.
-  __device__ __forceinline__ void rotate_pair(int frame0, int i, int half, int tokens,
-                                              __half (&to)[16][S::D + 8]) const {
-    const int row = i / S::kLine * 2, pair = i % S::kLine;
-    const bool apart = pair < half && !layer.interleaved;
-    const int first = apart ? pair : 2 * pair, second = apart ? pair + half : 2 * pair + 1;
-    const int depth = depth_of(first), depth2 = depth_of(second);
-    const int position = (frame0 + row / S::Rows) * tokens + scratch.origin;
-    const float2 turn = turn_of(-static_cast<float>(position) * scratch.frequencies[pair]);
-    const float2 by = pair < half ? turn : float2{1.f, 0.f};
+  template <int Count>
+  __device__ __forceinline__ void rotate(const Rotation& by, int frame0, uint32_t i, __half (&to)[16][S::D + 8]) const {
+    const uint32_t row = i / S::kLine * Count, pair = i % S::kLine;
+    const bool apart = int(pair) < by.half && !layer.interleaved;
+    const uint32_t first = apart ? pair : 2 * pair, second = apart ? pair + by.half : 2 * pair + 1;
+    __half *const at = &to[row][depth_of(first)], *const at2 = &to[row][depth_of(second)];
+    const int position = (frame0 + int(row / S::Rows)) * by.tokens + scratch.origin;
+    float2 turn = turn_of(-static_cast<float>(position) * scratch.frequencies[pair]);
+    turn = int(pair) < by.half ? turn : float2{1.f, 0.f};
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < Count; k++) {
       const float x = scratch.query[row % S::Rows + k][first], y = scratch.query[row % S::Rows + k][second];
-      to[row + k][depth] = __float2half_rn(x * by.x - y * by.y);
-      to[row + k][depth2] = __float2half_rn(y * by.x + x * by.y);
+      at[k * (S::D + 8)] = __float2half_rn(x * turn.x - y * turn.y);
+      at2[k * (S::D + 8)] = __float2half_rn(y * turn.x + x * turn.y);
     }
   }
 
   // The warps for scores rotate for all products but the first, one ahead of those that multiply.
   __device__ void help_prepare(const Frames& frames) const {
-    constexpr int kItems = 8 * S::kLine;
-    const int count = products(frames), half = layer.inv_freq ? int(layer.half) : 0;
-    const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
+    constexpr int kItems = S::kFrames * S::kLine;
+    const Rotation by = rotation();
+    const int count = products(frames);
 #pragma unroll 1
-    for (int i = 1; i < count; i++) {
-      named_sync(kTurnedFree + (i & 1), S::kThreads);
+    for (int product = 1; product < count; product++) {
+      named_sync(kTurnedFree + (product & 1), S::kThreads);
 #pragma unroll
-      for (int round = 0; round < (kItems + S::kHalf - 1) / S::kHalf; round++)  // the last ones are done twice
-        rotate_pair(frames.begin + i * S::kFrames, min(int(threadIdx.x) + round * S::kHalf, kItems - 1), half, tokens,
-                    scratch.turned[i & 1]);
-      named_arrive(kTurnedFull + (i & 1), S::kThreads);
+      for (int first = 0; first < kItems; first += S::kHalf) {
+        const int i = first + int(threadIdx.x);
+        if (kItems % S::kHalf == 0 || i < kItems)
+          rotate<S::Rows>(by, frames.begin + product * S::kFrames, i, scratch.turned[product & 1]);
+      }
+      named_arrive(kTurnedFull + (product & 1), S::kThreads);
     }
   }
 
-  // q_f = T^-T R(-t_f) q of the block's frames: products on tensor cores, T^-1 as a sum of two fp16 numbers. By the
-  // warps for values. Blocks that share a frame write the same.
+  // q_f = T^-T R(-t_f) q of the block's frames: products on tensor cores. By the warps for values. Blocks that share a
+  // frame write the same.
   __device__ void prepare(const Frames& frames, const Prepared& to, const Inverse& inverse) const {
     const int count = products(frames);
     if (count > 1) named_arrive(kTurnedFree + 1, S::kThreads);
@@ -448,40 +465,37 @@ struct Block : RowBlock {
     int frame[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const int row = n + 8 * i, r = row % S::Rows, channel = 8 * unit(0) + 2 * c;
+      const uint32_t row = n + 8 * i, r = row % S::Rows, channel = 8 * unit(0) + 2 * c;
       frame[i] = r / 4 < to.tiles ? frames.begin + row / S::Rows : kMaxSlot;
-      at[i] = reinterpret_cast<__half2*>(to.at + int64_t(frames.begin + row / S::Rows - to.frame) * to.stride +
-                                         r / 4 * S::D) +
-              ((channel / S::KD * 2 + (r & 1)) * (S::KD / 2) + channel % S::KD / 2) * 2 + (r >> 1 & 1);
+      const uint32_t tile = (frames.begin + row / S::Rows - to.frame) * to.stride + r / 4 * S::D;
+      at[i] = reinterpret_cast<__half2*>(to.at) +
+              (2 * tile + ((channel / S::KD * 2 + r % 2) * (S::KD / 2) + channel % S::KD / 2) * 2 + r / 2 % 2);
     }
 #pragma unroll 1
     for (int product = 0; product < count; product++) {
       const __half(&turned)[16][S::D + 8] = scratch.turned[product & 1];
       if (product == 0) {
-        rotate(frames.begin, min(frames.end - frames.begin, S::kFrames) * (S::Rows / 2 * S::kLine), scratch.turned[0],
-               threadIdx.x - S::kHalf);
+        const Rotation by = rotation();
+        const int items = min(frames.end - frames.begin, S::kFrames) * (S::Rows / 2 * S::kLine);
+#pragma unroll 1
+        for (int i = threadIdx.x - S::kHalf; i < items; i += S::kHalf)
+          rotate<2>(by, frames.begin, i, scratch.turned[0]);
         named_sync(kValues, S::kHalf);
       } else {
         named_sync(kTurnedFull + (product & 1), S::kThreads);
       }
-      float y[kUnits][4] = {}, more[kUnits][4] = {};
-      if (layer.transform != nullptr) {
+      float y[kUnits][4] = {};
 #pragma unroll
-        for (int step = 0; step < S::D / 16; step++) {
-          uint32_t left[4];
-          load_operand(&turned[lane & 15][16 * step + (lane >> 4) * 8], left);
+      for (int i = 0; i < S::D / 32; i++) {
+        uint32_t left[2][4];
 #pragma unroll
-          for (int u = 0; u < kUnits; u++) {
-            mma_dense(more[u], left, inverse.rest[step][u][0], inverse.rest[step][u][1]);
-            mma_dense(y[u], left, inverse.rounded[step][u][0], inverse.rounded[step][u][1]);
-          }
+        for (int half = 0; half < 2; half++)
+          load_operand(&turned[lane & 15][32 * i + 16 * half + (lane >> 4) * 8], left[half]);
+#pragma unroll
+        for (int u = 0; u < kUnits; u++) {
+          mma_dense(y[u], left[0], inverse[u][i].x, inverse[u][i].y);
+          mma_dense(y[u], left[1], inverse[u][i].z, inverse[u][i].w);
         }
-      } else {
-#pragma unroll
-        for (int u = 0; u < kUnits; u++)
-#pragma unroll
-          for (int e = 0; e < 4; e++)
-            y[u][e] = __half2float(turned[n + e / 2 * 8][depth_of(min(8 * unit(u), S::D - 8) + 2 * c + e % 2)]);
       }
       if (product + 2 < count) named_arrive(kTurnedFree + (product & 1), S::kThreads);
 #pragma unroll
@@ -489,9 +503,7 @@ struct Block : RowBlock {
         if (frame[i] < frames.end) {
 #pragma unroll
           for (int u = 0; u < kUnits; u++)
-            if (unit(u) < S::D / 8)
-              at[i][16 * S::kPairs * u] =
-                  __floats2half2_rn(y[u][2 * i] + more[u][2 * i], y[u][2 * i + 1] + more[u][2 * i + 1]);
+            if (unit(u) < S::D / 8) at[i][16 * S::kPairs * u] = __floats2half2_rn(y[u][2 * i], y[u][2 * i + 1]);
           frame[i] += S::kFrames;
         }
         at[i] += 2 * S::kFrames * to.stride;
@@ -562,7 +574,7 @@ struct Block : RowBlock {
 
   // Of a later frame, to the L1 cache.
   __device__ void prefetch_query(int frame, const Prepared& prepared) const {
-    if (lane < S::kTiles * S::D / 16 && frame < scratch.frames.end && prepared.at != &scratch.prepared[0][0][0])
+    if (lane < prepared.tiles * S::D / 16 && frame < scratch.frames.end && prepared.at != &scratch.prepared[0][0][0])
       asm volatile("prefetch.global.L1 [%0];" ::"l"(prepared.at + int64_t(frame - prepared.frame) * prepared.stride +
                                                     lane * 16));
   }
@@ -1024,16 +1036,19 @@ struct Block : RowBlock {
     return {tokens, now, int(min((int64_t(now) + 1) * tokens, int64_t(kMaxSlot)))};
   }
 
-  // To the L2 cache: the tiles that a pair begins with.
-  __device__ void prefetch_first() const {
-#if __CUDA_ARCH__ >= 900
-    const Run tiles = run(warp % S::kPairs);
-    const int count = min(tiles.end - tiles.begin, kAhead);
-    if (count > 0 && lane == 0)
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(codes(tiles)),
-                   "r"(count * (warp < S::kPairs ? kKeyTile : kValueTile))
-                   : "memory");
-#endif
+  // To the L2 cache: the tiles that a pair begins with. As soon as they are known: till then memory has nothing to do.
+  // One of a short run, so that all pairs' first tiles come before their second ones.
+  __device__ void prefetch_first(int pair) const {
+    constexpr int kShort = 8;
+    const Run tiles = run(pair);
+    const int count = tiles.end - tiles.begin < kShort ? 1 : kAhead;
+    const uint8_t *k = key_codes(tiles), *v = value_codes(tiles);
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) {
+      if (i >= count || tiles.begin + i >= tiles.end) break;
+      prefetch(k + i * kKeyTile, kKeyTile, lane);
+      prefetch(v + i * kValueTile, kValueTile, lane);
+    }
   }
 
   // Whether a pair may have exact tokens: known before the block is described.
@@ -1054,9 +1069,8 @@ struct Block : RowBlock {
       publish(s, state, pair, it);
     }
     const Run tiles = run(pair);
-    prefetch_first();
     Words words;
-    const uint8_t* at = codes(tiles);
+    const uint8_t* at = key_codes(tiles);
     Frame frame = first_frame(tiles);
     if (tiles.begin < tiles.end) {
 #pragma unroll
@@ -1091,7 +1105,7 @@ struct Block : RowBlock {
     const Run tiles = run(pair);
     barrier_wait(&scratch.v_table, 0);
     if (tiles.begin < tiles.end) {
-      const uint8_t* at = codes(tiles);
+      const uint8_t* at = value_codes(tiles);
       Words words;
 #pragma unroll
       for (int i = 0; i < kValueUnit.words / 4; i++) fetch(words, i, at);
@@ -1107,8 +1121,7 @@ struct Block : RowBlock {
 // Has arguments read that lie apart.
 __device__ __forceinline__ void touch(const Attention& a) {
   const Layer& l = a.layer;
-  asm volatile("" ::"l"(l.k.codes), "l"(l.v.codes), "l"(l.k.codebook), "l"(l.v.codebook), "l"(l.transform),
-               "l"(l.clock));
+  asm volatile("" ::"l"(l.k.codes), "l"(l.v.codes), "l"(l.k.codebook), "l"(l.v.codebook), "l"(l.inverse), "l"(l.clock));
   asm volatile("" ::"l"(l.origin), "l"(l.k_ring), "l"(l.v_sinks), "l"(l.inv_freq), "l"(l.R), "l"(l.frame_tokens));
   asm volatile("" ::"l"(a.q.data), "l"(a.out), "l"(a.mask), "l"(a.partials), "r"(a.splits), "f"(a.per_share));
 }
@@ -1148,6 +1161,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
     if (block.may_have_exact(pair)) block.load_raw_query(query);
     named_sync(Block<S>::kScores, S::kHalf);
     Block<S>::template load_table<K>(block.codebook(a.layer.k), shared, &block.scratch.k_table);
+    block.prefetch_first(pair);
+    block.copy_second();
     const Frames frames = block.scratch.frames;
     block.help_prepare(frames);
     if (a.clusters) cluster_arrive();
@@ -1155,20 +1170,20 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
     __syncthreads();
   } else {
     const int thread = threadIdx.x - S::kHalf;
+    typename Block<S>::Inverse inverse;
+    block.take_inverse(inverse);
     if (thread == 0) block.start_first();
     if (a.clusters && thread == kWarp) block.expect_parts();
+    block.describe_places();
     if (thread < S::D / 2)
       block.scratch.frequencies[thread] =
           a.layer.inv_freq != nullptr && thread < a.layer.half ? __ldg(a.layer.inv_freq + thread) : 0.f;
-    typename Block<S>::Inverse inverse;
-    block.take_inverse(inverse);
-    named_sync(Block<S>::kReady, S::kThreads);  // the block is described, and T^-1 may be overwritten
+    named_sync(Block<S>::kReady, S::kThreads);  // the block is described
     block.start_second();
     const Frames frames = block.scratch.frames;
     block.prepare(frames, block.prepared(frames), inverse);
     barrier_arrive(&block.scratch.queries);
     if (a.clusters) cluster_arrive();
-    block.prefetch_first();
     typename Block<S>::Outputs o;
     block.weigh(pair, o);
     barrier_wait(&block.scratch.k_table, 0);  // which the numerators overwrite

@@ -39,11 +39,7 @@ struct Shape {
   using K = KeyTable<D, KD>;
   using V = ValueTable<D, VD>;
   static constexpr int kValueTable = (K::kBytes + 127) / 128 * 128;  // where it begins
-  // T^-1 lies behind keys' first table until others come over it, a quarter of its rows after the other: a lane reads
-  // in quarter c, and quarters lie on other banks.
-  static constexpr int kInverse = K::kWhole ? kPage : kValueTable, kQuarter = D * D + 32;  // bytes
-  static constexpr int kTablesEnd = kValueTable + V::kBytes, kInverseEnd = kInverse + 4 * kQuarter;
-  static constexpr int kTableBytes = kTablesEnd > kInverseEnd ? kTablesEnd : kInverseEnd;
+  static constexpr int kTableBytes = kValueTable + V::kBytes;
   static constexpr int kLine = D / 2;        // pairs of channels
   static constexpr int kFrames = 16 / Rows;  // whose queries are prepared with one product
   static constexpr int kKept = 8 / kTiles;   // frames whose queries stay in shared memory
@@ -92,10 +88,11 @@ struct Scratch {
   Exact exact;
   ExactPlace places[3];       // sinks, ring, new tokens
   int bounds[S::kPairs + 1];  // of the pairs' tiles
+  int busy;                   // pairs that have exact tokens, from the first on; 0 if all have
   Frames frames;
   int origin;
   float2 ends[S::kPairs][S::Rows];  // reference maximum (log2), sum
-  uint64_t full[S::kPairs][2], empty[S::kPairs][2], k_table, k_more, v_table, queries, inverse, parts;
+  uint64_t full[S::kPairs][2], empty[S::kPairs][2], k_table, k_more, v_table, queries, parts;
 };
 
 // A lane's codes of a tile come in chunks of 16 bytes. Warps keep half a tile of them in registers, where that is whole

@@ -70,7 +70,7 @@ bool check_layouts(const Layer& layer) {
   for (const Coded* book : {&layer.k, &layer.v})
     REQUIRE(reinterpret_cast<uintptr_t>(book->codebook) % 16 == 0 && reinterpret_cast<uintptr_t>(book->codes) % 16 == 0,
             "codebooks and codes must be aligned to 16 bytes");
-  REQUIRE(reinterpret_cast<uintptr_t>(layer.transform) % 16 == 0, "the transform must be aligned to 16 bytes");
+  REQUIRE(reinterpret_cast<uintptr_t>(layer.inverse) % 16 == 0, "the transform's inverse must be aligned to 16 bytes");
   return true;
 }
 
@@ -150,7 +150,7 @@ int splits_for(const Attention& a, int64_t row_blocks, bool tensor_cores) {
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, const std::optional<Tensor>& mask,
                                      double scale, bool with_lse) {
-  const Layer layer = tensors.describe();
+  const Layer layer = tensors.describe(true);
   const int64_t G = check_query(q, tensors.k), heads = layer.H * G;
   const OnDevice guard(q);
   check_head_dim(layer.D);
@@ -165,6 +165,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   a.layer = layer;
   a.q = queries;
   a.G = int(G);
+  a.by_heads = 1.f / layer.H;
+  a.by_group = 1.f / G;
   a.mask = mask_bits;
   a.mask_slots = mask ? mask->size(3) : 0;
   a.scale = float(scale);

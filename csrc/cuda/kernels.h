@@ -10,9 +10,10 @@ namespace million {
 struct Attention {
   Layer layer;
   Strided q;
-  int G;                // query heads a KV head
-  int query0, rows;     // this launch's first query; its queries * G
-  const uint8_t* mask;  // [B, n, mask_slots] or null
+  int G;                     // query heads a KV head
+  float by_heads, by_group;  // 1 / layer.H, 1 / G: a division of integers takes some 30 instructions
+  int query0, rows;          // this launch's first query; its queries * G
+  const uint8_t* mask;       // [B, n, mask_slots] or null
   int64_t mask_slots;
   float scale;
   void* out;        // [B, n, H * G, D] of the layer's dtype

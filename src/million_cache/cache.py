@@ -83,6 +83,7 @@ class MillionLayer(StaticLayer):
         self.books: LayerCodebooks = self.state.codebooks.to(self.device)[self.layer_idx]
         codebooks = self.books.k_codebook, self.books.v_codebook
         layouts = million_ops.layouts_for(self.device, D, *(x.shape[3] for x in codebooks), self.dtype)
+        self.k_transform_inv = self.books.inverse_for(layouts[0])
         shapes = [
             layout.packed_shape(self.batch_size, self.num_heads, self.max_cache_len, codebook.shape[2])
             for layout, codebook in zip(layouts, codebooks)
@@ -113,7 +114,7 @@ class MillionLayer(StaticLayer):
             books.k_codebook,
             books.v_codebook,
             books.k_transform,
-            books.k_transform_inv,
+            self.k_transform_inv,
             books.inv_freq,
         ):
             if x is not None:
@@ -141,7 +142,7 @@ class MillionLayer(StaticLayer):
         """`million_ops.pq_attention` of the not yet appended tokens q, k, v over this layer: [B, n, Hq, D]."""
         b = self.books
         return million_ops.pq_attention(
-            q, k, v, b.k_codebook, b.v_codebook, b.k_transform_inv, b.inv_freq, *self._layer_state(), mask,
+            q, k, v, b.k_codebook, b.v_codebook, self.k_transform_inv, b.inv_freq, *self._layer_state(), mask,
             scale=scale, offset=offset, **self.geometry,
         )  # fmt: skip
 

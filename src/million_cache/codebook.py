@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import uuid
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from million_cache.card import CARD_NAME, MARK, may_write_card, model_card
 from million_cache.config import PQConfig
 from million_cache.models import Fingerprint
-from million_ops.layout import CENTROIDS
+from million_ops.layout import CENTROIDS, Layout
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -90,6 +91,16 @@ class LayerCodebooks:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
 
+    def inverse_for(self, layout: Layout) -> Tensor:
+        """``k_transform_inv`` as attention over keys packed as ``layout`` wants it, always the same tensor."""
+        if layout.id not in self._inverses:
+            self._inverses[layout.id] = layout.inverse(self.k_transform_inv)
+        return self._inverses[layout.id]
+
+    @cached_property
+    def _inverses(self) -> dict[int, Tensor]:
+        return {}
+
     def to(self, device: torch.device | str) -> LayerCodebooks:
         """The same on another device."""
         # Contiguous, as the kernels want them: an inverse from linalg is not, and would be copied in every call.
@@ -104,12 +115,20 @@ class LayerCodebooks:
         A centroid's entries are uint8, in equal steps over the range of their channel of a subspace: ``offset + scale * x`` with
         both [H, S, d] fp32. (float8_e4m3 costs 5 to 10 % at 4 bit.) The transform is fp16, relative to its largest entry in a
         head, [H, 1, 1] fp32; its inverse is not stored.
+
+        Raises ValueError where centroids lie so far apart that such steps would not tell most of them from each other.
         """
         found = {}
         for name in ("k_codebook", "v_codebook"):
             x = getattr(self, name).float()
             low, high = x.amin(1), x.amax(1)
             scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+            most = x.quantile(0.9, dim=1) - x.quantile(0.1, dim=1)  # 0: most are equal, and equal they stay
+            if lost := int(((8 * scale > most) & (most > 0)).sum()):
+                raise ValueError(
+                    f"{name}: in {lost} of {low.numel()} channels a few centroids lie so far away (up to {x.abs().max():.4g}) that "
+                    f"8-bit steps would make most of the others equal; save these codebooks in full, with compact=False"
+                )
             found[name] = ((x - low[:, None]) / scale[:, None]).round().to(torch.uint8)
             found |= {f"{name}_offset": low, f"{name}_scale": scale}
         size = self.k_transform.abs().amax((1, 2), keepdim=True)
@@ -163,6 +182,11 @@ class LayerCodebooks:
         for name, tensor in self.tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{where}: {name} holds NaN or inf")
+        if self.k_transform_inv.abs().max() > torch.finfo(torch.float16).max:
+            raise ValueError(
+                f"{where}: k_transform_inv has entries up to {self.k_transform_inv.abs().max():.3g}; kernels hold them in "
+                f"fp16, which ends at {torch.finfo(torch.float16).max:.0f}: give k_transform another scale"
+            )
 
 
 @dataclass

@@ -65,7 +65,7 @@ def check_decode(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> None:
 
 def _check_layer(
     k, v, k_codebook, v_codebook, transform, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks, clock, start, origin,
-    offset, frame_tokens, k_layout, v_layout,
+    offset, frame_tokens, k_layout, v_layout, attends=False,
 ) -> None:  # fmt: skip
     _shape("k", k, (None, None, None, None), "[B, H, n, D]")
     B, H, n, D = k.shape
@@ -76,8 +76,12 @@ def _check_layer(
     _codebook("k_codebook", k_codebook, H, D)
     _codebook("v_codebook", v_codebook, H, D)
     if transform is not None:
-        _shape("k_transform", transform, (H, D, D), "[KV heads, D, D]")
-        _dtype("k_transform", transform, torch.float32)
+        name = "k_transform_inv" if attends else "k_transform"
+        _shape(name, transform, (H, D, D), "[KV heads, D, D]")
+        if attends and layout_by_id(k_layout).half_inverse:
+            _dtype(f"{name} of codes packed as {layout_by_id(k_layout).name}", transform, torch.float16)
+        else:
+            _dtype(name, transform, torch.float32)
     if inv_freq is not None:
         _require(
             inv_freq.ndim == 1 and 0 < 2 * inv_freq.shape[0] <= D,
@@ -133,7 +137,7 @@ def check_attention(
     """Arguments of `pq_attention` and `pq_attention_lse`."""
     _check_layer(
         k, v, k_codebook, v_codebook, k_transform_inv, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks, clock, start, origin,
-        offset, frame_tokens, k_layout, v_layout,
+        offset, frame_tokens, k_layout, v_layout, attends=True,
     )  # fmt: skip
     B, H, n, D = k.shape
     _shape("q", q, (B, None, n, D), "[B, query heads, n, D] with the B, n, D of k,")

@@ -36,6 +36,15 @@ class Layout:
     tile_tokens: int
     offset: Callable[[Tensor, Tensor, int], Tensor]
     subspace_step: int = 1  # S is a multiple of this
+    half_inverse: bool = False  # attention over keys packed so takes the transform's inverse in fp16
+
+    def inverse(self, transform_inv: Tensor) -> Tensor:
+        """``k_transform_inv`` [H, D, D] fp32 as the attention ops want it for keys packed so: fp32, or fp16.
+
+        fp16 comes with the matrices stored column after column, as kernels read them without a copy; to make it once and
+        keep it is the caller's part.
+        """
+        return transform_inv.mT.half().contiguous().mT if self.half_inverse else transform_inv
 
     def tiles(self, capacity: int) -> int:
         """Tiles that hold ``capacity`` tokens."""
@@ -98,7 +107,7 @@ LAYOUTS: tuple[Layout, ...] = (
     # they walk over the tile's tokens, and a lane of a GPU's warp reads its subspaces' codes 16 tokens at a time.
     Layout(1, "rows64", 64, lambda t, m, S: m * 64 + t),
     # Keys and values in the order in which lanes look them up for tensor cores.
-    Layout(2, "mma_k", 64, _mma_k, subspace_step=8),
+    Layout(2, "mma_k", 64, _mma_k, subspace_step=8, half_inverse=True),
     Layout(3, "mma_v", 64, _mma_v, subspace_step=8),
 )
 

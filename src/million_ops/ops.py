@@ -9,7 +9,7 @@ channels, S_k and S_v subspaces, R recent tokens, N sink tokens:
 ``k_codebook``      [H, 256, S_k, d] fp16    centroids of the transformed keys; S_k * d = D, d one of 2, 4, 8
 ``v_codebook``      [H, 256, S_v, d] fp16    centroids of the values
 ``k_transform``     [H, D, D] fp32 or None   T, applied to keys before they are encoded (append)
-``k_transform_inv`` [H, D, D] fp32 or None   its inverse (attention)
+``k_transform_inv`` [H, D, D] fp32 or None   its inverse (attention); fp16 with ``k_layout`` mma_k: `layout.Layout.inverse`
 ``inv_freq``        [rotary / 2] fp32, None  the model's RoPE frequencies; None: this layer's keys are not rotated
 ``k_codes``         packed uint8             `layout.Layout.packed_shape` of ``k_layout``
 ``v_codes``         packed uint8             the same of ``v_layout``

@@ -77,7 +77,7 @@ def from_frame(x: Tensor, slots: Tensor, origin: Tensor, transform_inv: Tensor |
                interleaved: bool) -> Tensor:  # fmt: skip
     """The way back: ``R(t_f) T^-1 x``. x [B, H, T, D] fp32 -> fp32."""
     if transform_inv is not None:
-        x = x @ transform_inv.transpose(-1, -2)
+        x = x @ transform_inv.float().transpose(-1, -2)
     if inv_freq is not None and frame_tokens > 0:
         x = rotate(x, frame_positions(slots, origin, frame_tokens), inv_freq, interleaved)
     return x
@@ -87,7 +87,7 @@ def pq_dequantize(codes: Tensor, codebook: Tensor, transform_inv: Tensor | None,
                   dtype: torch.dtype, frame_tokens: int = 0, interleaved: bool = False, first_slot: int = 0) -> Tensor:  # fmt: skip
     """Packed codes back to keys (or values) in the model's own frame, for every slot of the buffer, which begins at ``first_slot``.
 
-    codes packed as ``layout``, codebook [H, 256, S, d] fp16, transform_inv [H, D, D] fp32 or None, inv_freq [rotary / 2] fp32
+    codes packed as ``layout``, codebook [H, 256, S, d] fp16, transform_inv [H, D, D] fp32, fp16 or None, inv_freq [rotary / 2] fp32
     or None, origin [B] int32. Returns [B, H, tiles * tile_tokens, D] of ``dtype``; slots never written hold noise.
     """
     plain = unpack(codes, layout_by_id(layout), codebook.shape[2])

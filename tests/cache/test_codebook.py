@@ -150,6 +150,14 @@ def test_compact_storage_with_a_tensor_missing(books, tmp_path, name):
         Codebooks.from_pretrained(tmp_path / "books")
 
 
+def test_compact_storage_refuses_what_it_would_spoil(books, tmp_path):
+    books.layers[1].v_codebook[0, 17] = 3000.0
+    with pytest.raises(ValueError, match=r"v_codebook: in .* channels a few centroids lie so far away .*3000.*in full"):
+        books.save_pretrained(tmp_path / "books", compact=True)
+    books.save_pretrained(tmp_path / "books", compact=False)
+    assert Codebooks.from_pretrained(tmp_path / "books").layers[1].v_codebook[0, 17].eq(3000).all()
+
+
 def test_compact_storage_of_a_singular_transform(books, tmp_path):
     books.layers[0].k_transform[0] = 1.0
     books.save_pretrained(tmp_path / "books", compact=True)

@@ -129,8 +129,9 @@ def test_fine_tuning_goes_on_bit_for_bit(untuned, tmp_path, monkeypatch, bad_ste
 
     monkeypatch.setattr(CentroidAdam, "step", sometimes_bad)
     want, seen = tuned(untuned, 8)
-    assert want.step == 8 and want.after < want.before
+    assert want.step > 0 and want.after < want.before
     rates, calls[:] = list(calls), []
+    assert bad_step is None or rates[bad_step] < 0.6 * rates[bad_step - 1]
     advanced = 0
     while advanced < 8:
         with monkeypatch.context() as patch:
@@ -180,6 +181,18 @@ def test_steps_are_relative_to_the_distance_of_centroids():
     torch.testing.assert_close(
         moved[20], 0.1 * 1.05 * direction, rtol=1e-3, atol=0
     )  # a tenth of the mean distance, (1 + 20) / 2
+
+
+@pytest.mark.parametrize("size", [1e-21, 1e-25, 1e-38])
+def test_a_gradient_too_small_to_square_moves_nothing(size):
+    """Its square is 0 in fp32; divided by the root of that, one centroid of SmolLM2 went a thousand times too far."""
+    p = torch.randn(1, 256, 4, 2)
+    start = p.clone()
+    optimiser = CentroidAdam([p.requires_grad_()])
+    for _ in range(3):
+        p.grad = torch.full_like(p, size)
+        optimiser.step(0.1)
+    torch.testing.assert_close(p.detach(), start, rtol=0, atol=1e-3)
 
 
 def test_calibration_fine_tunes_if_asked_to(untuned):

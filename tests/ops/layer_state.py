@@ -100,7 +100,7 @@ def make_layer(*, batch: int = 1, heads: int = 2, head_dim: int = 64, k_dim: int
             "k_codebook": torch.randn(heads, 256, head_dim // k_dim, k_dim).half(),
             "v_codebook": torch.randn(heads, 256, head_dim // v_dim, v_dim).half(),
             "k_transform": k_transform,
-            "k_transform_inv": k_inverse,
+            "k_transform_inv": layout_by_id(layouts[0]).inverse(k_inverse) if transform else None,
             "inv_freq": 10000.0 ** (-torch.arange(0, rotary, 2) / rotary) if rotary else None,
         },
         buffers={name: buffers[name] for name in ("k_codes", "v_codes", "k_ring", "v_ring", "k_sinks", "v_sinks")},

@@ -58,6 +58,26 @@ def test_head_dims_and_subspaces(head_dim, k_dim, v_dim, group):
     check(layer_of(past=333, heads=2, head_dim=head_dim, k_dim=k_dim, v_dim=v_dim), group=group)
 
 
+def test_strides_of_the_inverse():
+    """Stored column after column it is used as it is, in any other order copied."""
+    layer = layer_of(past=300, heads=2)
+    args = layer.attention_args(*layer.new_tokens(1, 4))
+    want, inverse = ops.pq_attention(*args), args[5]
+    wide = torch.empty(2, 128, 256, dtype=inverse.dtype)[..., ::2].copy_(inverse)
+    for other in (inverse.contiguous(), wide, inverse.flip(0).flip(0)):
+        assert torch.equal(ops.pq_attention(*args[:5], other, *args[6:]), want)
+
+
+def test_misaligned_inverse(device):
+    if device != "cuda":
+        pytest.skip("the CPU reads it number by number")
+    layer = layer_of(past=300, heads=2)
+    args = layer.attention_args(*layer.new_tokens(1, 4))
+    moved = torch.empty(2 * 128 * 128 + 1, dtype=torch.float16)[1:].view(2, 128, 128).mT.copy_(args[5])
+    with pytest.raises(RuntimeError, match="the transform's inverse must be aligned to 16 bytes"):
+        ops.pq_attention(*args[:5], moved, *args[6:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_dtypes(dtype, group):

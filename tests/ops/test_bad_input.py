@@ -24,8 +24,8 @@ LAYER_ERRORS = {
     "k_codebook dtype": ("k_codebook", lambda x: x.float(), "k_codebook must be .*float16"),
     "k_codebook head_dim": ("k_codebook", lambda x: x[:, :, :16], "k_codebook covers 16 x 2 = 32 channels"),
     "v_codebook subspace": ("v_codebook", lambda x: x.reshape(2, 256, 4, 16), "v_codebook: 16 channels"),
-    "transform shape": ("k_transform", lambda x: x[:, :8], "k_transform must be"),
-    "transform dtype": ("k_transform", lambda x: x.double(), "k_transform must be"),
+    "transform shape": ("k_transform", lambda x: x[:, :8], "k_transform(_inv)? must be"),
+    "transform dtype": ("k_transform", lambda x: x.double(), "k_transform(_inv)? must be .*float32"),
     "inv_freq long": ("inv_freq", lambda x: torch.ones(33), "inv_freq must be"),
     "inv_freq empty": ("inv_freq", lambda x: x[:0], "inv_freq must be"),
     "inv_freq dtype": ("inv_freq", lambda x: x.double(), "inv_freq must be"),
@@ -89,6 +89,19 @@ def test_layer_arguments(case):
         assert torch.equal(x.nan_to_num(7), untouched.buffers[name].nan_to_num(7)), (
             f"{name} was written before the error"
         )
+
+
+def test_dtype_of_the_inverse():
+    """fp16 where keys are packed for tensor cores, else fp32; nothing is converted silently."""
+    for layouts, dtype, message in (
+        ((1, 1), torch.float16, "k_transform_inv must be torch.float32, got torch.float16"),
+        ((2, 3), torch.float32, "k_transform_inv of codes packed as mma_k must be torch.float16, got torch.float32"),
+    ):
+        layer = make_layer(past=70, head_dim=128, layouts=layouts, dtype=torch.float16)
+        layer.codebooks["k_transform_inv"] = layer.codebooks["k_transform_inv"].to(dtype)
+        for op in ATTENTIONS:
+            with pytest.raises(ERRORS, match=message):
+                op(*layer.attention_args(*layer.new_tokens(1)))
 
 
 @pytest.mark.parametrize("case", ATTENTION_ERRORS)

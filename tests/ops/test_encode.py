@@ -85,6 +85,30 @@ def test_extreme_values():
     assert (pq_encode(torch.full((1, 1, 1, 64), float("nan")), codebook) == 0).all()
 
 
+@pytest.mark.parametrize("d", SUBSPACE_DIMS)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_infinite_tokens(d, tokens):
+    """Every centroid is infinitely far from them: the lowest index. Their neighbours' codes stay right."""
+    codebook = torch.randn(2, 256, 64 // d, d).half()
+    x = torch.randn(1, 2, tokens, 64)
+    want = pq_encode(x, codebook)
+    x[:, :, ::3, 0], x[:, :, ::3, -1] = float("inf"), -float("inf")
+    want[:, :, ::3, 0] = want[:, :, ::3, -1] = 0
+    assert torch.equal(pq_encode(x, codebook), want)
+
+
+@pytest.mark.parametrize("d", SUBSPACE_DIMS)
+@pytest.mark.parametrize("size", [1e-3, 3e-5, 1e-6])
+def test_tiny_centroids(d, size):
+    """Down to fp16's subnormal numbers, and squares of distances that are small beside nothing else."""
+    codebook = (torch.randn(2, 256, 64 // d, d) * size).half()
+    x = torch.randn(1, 2, 150, 64) * size
+    x[:, :, ::7] *= 1000  # far from all of them
+    best = distances(x, codebook)
+    got = best.gather(-1, pq_encode(x, codebook).long()[..., None])[..., 0]
+    assert (got <= best.amin(-1) * (1 + CODE_DISTANCE)).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", SUBSPACE_DIMS)
 @pytest.mark.parametrize("tokens", [0, 1, 33, 200])

@@ -49,6 +49,9 @@ BETAS = (0.9, 0.95)  # of Adam
 AVERAGE = 0.8  # decay a step of the averaged iterate
 WORSE = 1.1  # times the best held-out KL
 ROWS = 256  # positions whose probabilities are held at once
+# A gradient below this moves nothing. Attention's weights reach e^-50, and the square of such a gradient is 0 in fp32: divided by its
+# root, a centroid that no query cares about went 500 times as far as the others lie apart.
+SMALLEST = 1e-18
 
 
 class CentroidAdam:
@@ -85,7 +88,7 @@ class CentroidAdam:
                 first.lerp_(p.grad, 1 - b1)
                 second.lerp_(p.grad.square().mean(-1, keepdim=True), 1 - b2)
                 size = (second / (1 - b2**self.steps)).sqrt()
-                p -= rate * scale * first / (1 - b1**self.steps) / size.clamp(min=1e-30)
+                p -= rate * scale * first / (1 - b1**self.steps) / size.clamp(min=SMALLEST)
         self.clear()
 
 
