@@ -89,10 +89,10 @@ struct Block : RowBlock {
   static __device__ int arrivals() {
     return by_bulk<Table>() ? 1 : S::kHalf;
   }
-  // Whether keys' table comes in two; and whether the second is the first, moved, copied within the block, because the
-  // L2 cache, which all blocks ask for tables at the same time, is what they wait for. Four warps are too few for that.
+  // Whether keys' table comes in two; and whether the second is the first, moved, copied within the block: if so many
+  // blocks ask the L2 cache for tables at the same time that it is what they wait for. Four warps are too few for that.
   static constexpr bool in_two() { return by_bulk<K>() && K::kCopies > 1; }
-  static constexpr bool copies_second() { return in_two() && S::kPairs > 4; }
+  static __device__ bool copies_second(const Attention& a) { return in_two() && S::kPairs > 4 && a.crowded; }
 
   // Bulk copies come in the order in which they are needed: T^-1 (by loads) and keys' first table before anything else,
   // then, when the block has read what it begins with, the rest. Each by one thread of the warps for values.
@@ -104,10 +104,10 @@ struct Block : RowBlock {
     if constexpr (by_bulk<K>()) copy_page(&scratch.k_table, codebook(layer.k), shared);
   }
   __device__ void start_second() const {
-    constexpr bool kMore = in_two() && !copies_second();
-    if constexpr (by_bulk<V>() || kMore) {
+    if constexpr (by_bulk<V>() || in_two()) {
       if (threadIdx.x == S::kThreads - kWarp) {  // of the warp that rotates least
-        if constexpr (kMore) copy_page(&scratch.k_more, codebook(layer.k), shared + kPage + K::kMove);
+        if constexpr (in_two())
+          if (!copies_second(a)) copy_page(&scratch.k_more, codebook(layer.k), shared + kPage + K::kMove);
         if constexpr (by_bulk<V>()) copy_page(&scratch.v_table, codebook(layer.v), shared + S::kValueTable);
       }
     }
@@ -115,7 +115,8 @@ struct Block : RowBlock {
   }
   // Keys' second table, by the warps for scores, if possible those without exact tokens.
   __device__ void copy_second() const {
-    if constexpr (copies_second()) {
+    if constexpr (in_two() && S::kPairs > 4) {
+      if (!copies_second(a)) return;
       constexpr int kAtOnce = 4, kBytes = kWarp * 16;
       if (warp >= scratch.busy) {
         barrier_wait(&scratch.k_table, 0);
@@ -165,7 +166,7 @@ struct Block : RowBlock {
   // Barriers within the block: 0 is __syncthreads.
   enum Named { kValues = 1, kReady, kScores, kTurnedFree, kTurnedFull = kTurnedFree + 2 };
 
-  static __device__ void init_barriers(Scratch<S>& scratch) {
+  static __device__ void init_barriers(const Attention& a, Scratch<S>& scratch) {
     if (threadIdx.x < S::kPairs) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
@@ -177,7 +178,7 @@ struct Block : RowBlock {
     } else if (threadIdx.x == S::kHalf) {  // those that are told by copies or by other blocks
       barrier_init(&scratch.k_table, arrivals<K>());
       barrier_init(&scratch.v_table, arrivals<V>());
-      barrier_init(&scratch.k_more, copies_second() ? S::kPairs * kArrivals : 1);
+      barrier_init(&scratch.k_more, copies_second(a) ? S::kPairs * kArrivals : 1);
       barrier_init(&scratch.parts, 1);
       bulk_fence();
       barriers_to_cluster();
@@ -239,7 +240,7 @@ struct Block : RowBlock {
     }
   }
 
-  // What needs less, by two of the warps for values: where exact tokens and query rows are.
+  // What needs less, by three of the warps for values: where exact tokens, codes and query rows are.
   __device__ void describe_places() const {
     constexpr int kToken = S::D * 2;  // bytes
     if (warp == S::kPairs + 1 && lane == 0) {
@@ -247,6 +248,10 @@ struct Block : RowBlock {
       scratch.places[0] = {layer.k_sinks + sink0, layer.v_sinks + sink0, kToken, kToken};
       scratch.places[1] = {layer.k_ring + ring0, layer.v_ring + ring0, kToken, kToken};
       scratch.places[2] = {layer.k_new.at(b, h, 0), layer.v_new.at(b, h, 0), layer.k_new.token, layer.v_new.token};
+    }
+    if (warp == S::kPairs + 3 && lane == 0) {
+      scratch.codes[0] = layer.k.codes + head() * layer.k.slots * (S::D / S::KD);
+      scratch.codes[1] = layer.v.codes + head() * layer.v.slots * (S::D / S::VD);
     }
     if (warp == S::kPairs + 2 && lane < S::Rows) {
       const int row = min(lane, rows - 1), at = query(row), own = query_head(row), heads = int(layer.H) * a.G;
@@ -310,12 +315,13 @@ struct Block : RowBlock {
   static constexpr int kKeyTile = kTile * S::D / S::KD, kValueTile = kTile * S::D / S::VD;  // bytes
   using Words = uint32_t[kWords];
 
-  // Codes, keys' or values': the lane's of the run's first tile.
-  __device__ const uint8_t* codes(const Coded& book, int subspaces, const Run& tiles) const {
-    return book.codes + (head() * book.slots + int64_t(tiles.begin) * kTile) * subspaces + lane * 16;
+  // Codes: the lane's of the run's first tile.
+  __device__ const uint8_t* key_codes(const Run& tiles) const {
+    return scratch.codes[0] + int64_t(tiles.begin) * kKeyTile + lane * 16;
   }
-  __device__ const uint8_t* key_codes(const Run& tiles) const { return codes(layer.k, S::D / S::KD, tiles); }
-  __device__ const uint8_t* value_codes(const Run& tiles) const { return codes(layer.v, S::D / S::VD, tiles); }
+  __device__ const uint8_t* value_codes(const Run& tiles) const {
+    return scratch.codes[1] + int64_t(tiles.begin) * kValueTile + lane * 16;
+  }
 
   static __device__ __forceinline__ void fetch(Words& words, int chunk, const uint8_t* unit) {
     const uint4 x = load_codes(unit + chunk * 512);
@@ -1032,7 +1038,9 @@ struct Block : RowBlock {
 
   __device__ Frame first_frame(const Run& tiles) const {
     if (layer.inv_freq == nullptr) return {0, 0, kMaxSlot};
-    const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot))), now = tiles.begin * kTile / tokens;
+    const Frames& frames = scratch.frames;
+    const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
+    const int now = frames.end - frames.begin == 1 ? frames.begin : tiles.begin * kTile / tokens;
     return {tokens, now, int(min((int64_t(now) + 1) * tokens, int64_t(kMaxSlot)))};
   }
 
@@ -1135,7 +1143,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   Scratch<S>& scratch = *reinterpret_cast<Scratch<S>*>(shared + S::kTableBytes);
   // What needs nothing of the kernels before, the arguments among it: they arrive in lines of 64 bytes.
   touch(a);
-  Block<S>::init_barriers(scratch);
+  Block<S>::init_barriers(a, scratch);
   for (int i = threadIdx.x; i < S::Rows * kTile / 8; i += S::kThreads)
     reinterpret_cast<uint4*>(scratch.zeros)[i] = uint4{};
   __syncthreads();
@@ -1225,6 +1233,7 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
     return cudaGetLastError();  // and clears it
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(a.splits, a.layer.B * a.layer.H, (a.rows + S::Rows - 1) / S::Rows);
+  a.crowded = 3 * int64_t(config.gridDim.x) * config.gridDim.y * config.gridDim.z > 2 * a.at_once;
   config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = kShared;
   config.stream = stream;

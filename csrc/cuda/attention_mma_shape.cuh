@@ -87,6 +87,7 @@ struct Scratch {
   Range seen;
   Exact exact;
   ExactPlace places[3];       // sinks, ring, new tokens
+  const uint8_t* codes[2];    // of the row's KV head: keys', values'
   int bounds[S::kPairs + 1];  // of the pairs' tiles
   int busy;                   // pairs that have exact tokens, from the first on; 0 if all have
   Frames frames;

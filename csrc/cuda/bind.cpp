@@ -136,7 +136,7 @@ void pq_append_(MILLION_APPEND_PARAMETERS) {
 // multiprocessors.
 int splits_for(const Attention& a, int64_t row_blocks, bool tensor_cores) {
   constexpr int64_t kPrologue = 1000, kMerge = 16, kLaunch = 1000, kCluster = 8;
-  const int64_t at_once = attribute(cudaDevAttrMultiProcessorCount), blocks = a.layer.B * a.layer.H * row_blocks;
+  const int64_t at_once = a.at_once, blocks = a.layer.B * a.layer.H * row_blocks;
   const int64_t tokens = std::min(a.layer.k.slots, a.layer.v.slots), weight = a.rows > 4 ? 2 : 1;
   int64_t best = 1, best_cost = 0;
   for (int64_t splits = 1; splits <= std::max<int64_t>(1, std::min(at_once, tokens / 64)); splits++) {
@@ -181,6 +181,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   const int64_t tiles = (block * G + 3) / 4;  // of 4 query rows
   a.rows = int(block * G);
   a.overlap = can_overlap();
+  a.at_once = attribute(cudaDevAttrMultiProcessorCount);
   a.splits = splits_for(a, (a.rows + 7) / 8, tensor_cores);
   const auto floats = [&](int64_t count) { return torch::stable::new_empty(q, {count}, ScalarType::Float); };
   Tensor prepared = floats(tensor_cores ? layer.B * layer.H * tiles * a.frames * 2 * layer.D : query_floats * block);

@@ -25,6 +25,8 @@ struct Attention {
   float* partials;  // [B, H, rows, splits, D + 2]: numerator, reference maximum (log2), denominator
 
   // Tensor core kernel only.
+  int at_once;      // blocks that run at the same time: multiprocessors
+  bool crowded;     // most of them have a block
   bool overlap;     // the GPU can start a kernel before the one it depends on has ended
   bool clusters;    // the splits of a row are a cluster and merge by themselves:
   int share;        // each so many pairs of channels,
