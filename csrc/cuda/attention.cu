@@ -127,7 +127,6 @@ __device__ __forceinline__ void exact_tokens(const RowBlock& block, Running<Rows
   const Layer& layer = block.layer;
   const int D = int(layer.D), N = int(layer.N), R = int(layer.R), start = layer.start[block.b];
   const int64_t head = block.head();
-  // Slots fit 31 bits where they can hold a token; a clock far off must not wrap.
   const int first = block.first, oldest = max(block.ring_begin(), 0);
   const int ring_tokens = max(min(first - oldest, R), 0), tokens = N + ring_tokens + int(layer.n);
   if (warp >= tokens) return;

@@ -379,9 +379,9 @@ struct Block : RowBlock {
     return channel / 32 * 32 + channel % 8 / 4 * 16 + channel % 4 / 2 * 8 + channel % 32 / 8 * 2 + channel % 2;
   }
 
-  // The block's queries, divided by a power of two so that fp16 neither overflows nor loses small ones, and where they
-  // are. A warp a row, from the last but one down: the last describes, the first have exact tokens. `asked`: the warp's
-  // first row, asked for early.
+  // The block's queries, divided by a power of two so that fp16 neither overflows nor loses small ones. A warp a row,
+  // from the last but one down: the last describes, the first have exact tokens. `asked`: the warp's first row, asked
+  // for early.
   static constexpr int kQueryWords = (S::kLine + kWarp - 1) / kWarp;
   using Asked = uint32_t[kQueryWords];
   __device__ int first_row() const { return (2 * S::kPairs - 2 - warp) % S::kPairs; }
@@ -1167,7 +1167,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
     named_arrive(Block<S>::kReady, S::kThreads);
     typename Block<S>::Query query;
     if (block.may_have_exact(pair)) block.load_raw_query(query);
-    named_sync(Block<S>::kScores, S::kHalf);
+    named_sync(Block<S>::kScores, S::kThreads);  // the block is described, by warps of either kind
     Block<S>::template load_table<K>(block.codebook(a.layer.k), shared, &block.scratch.k_table);
     block.prefetch_first(pair);
     block.copy_second();
@@ -1186,6 +1186,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
     if (thread < S::D / 2)
       block.scratch.frequencies[thread] =
           a.layer.inv_freq != nullptr && thread < a.layer.half ? __ldg(a.layer.inv_freq + thread) : 0.f;
+    named_arrive(Block<S>::kScores, S::kThreads);
     named_sync(Block<S>::kReady, S::kThreads);  // the block is described
     block.start_second();
     const Frames frames = block.scratch.frames;

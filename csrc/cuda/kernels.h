@@ -24,8 +24,9 @@ struct Attention {
                     // fp16 [B, H, frames, tiles of 4 rows, 4 D], of blocks with more frames than they can keep
   float* partials;  // [B, H, rows, splits, D + 2]: numerator, reference maximum (log2), denominator
 
+  int at_once;  // blocks that run at the same time: multiprocessors
+
   // Tensor core kernel only.
-  int at_once;      // blocks that run at the same time: multiprocessors
   bool crowded;     // most of them have a block
   bool overlap;     // the GPU can start a kernel before the one it depends on has ended
   bool clusters;    // the splits of a row are a cluster and merge by themselves:

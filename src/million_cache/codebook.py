@@ -124,10 +124,12 @@ class LayerCodebooks:
             low, high = x.amin(1), x.amax(1)
             scale = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
             most = x.quantile(0.9, dim=1) - x.quantile(0.1, dim=1)  # 0: most are equal, and equal they stay
-            if lost := int(((8 * scale > most) & (most > 0)).sum()):
+            lost = (8 * scale > most) & (most > 0)
+            if lost.any():
                 raise ValueError(
-                    f"{name}: in {lost} of {low.numel()} channels a few centroids lie so far away (up to {x.abs().max():.4g}) that "
-                    f"8-bit steps would make most of the others equal; save these codebooks in full, with compact=False"
+                    f"{name}: in {int(lost.sum())} of {low.numel()} channels a few centroids lie so far away (up to "
+                    f"{x.abs().amax(1)[lost].max():.4g}) that 8-bit steps would make most of the others equal; save these codebooks in "
+                    f"full, with compact=False, or run the same `million calibrate` without --compact"
                 )
             found[name] = ((x - low[:, None]) / scale[:, None]).round().to(torch.uint8)
             found |= {f"{name}_offset": low, f"{name}_scale": scale}
@@ -182,10 +184,11 @@ class LayerCodebooks:
         for name, tensor in self.tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{where}: {name} holds NaN or inf")
-        if self.k_transform_inv.abs().max() > torch.finfo(torch.float16).max:
+        lost = (self.k_transform_inv.half().float() - self.k_transform_inv).norm(dim=(1, 2))
+        if (lost > 1e-3 * self.k_transform_inv.norm(dim=(1, 2))).any():
             raise ValueError(
-                f"{where}: k_transform_inv has entries up to {self.k_transform_inv.abs().max():.3g}; kernels hold them in "
-                f"fp16, which ends at {torch.finfo(torch.float16).max:.0f}: give k_transform another scale"
+                f"{where}: k_transform_inv has heads with entries up to {self.k_transform_inv.abs().amax((1, 2)).tolist()}; the "
+                f"tensor core kernel holds it in fp16, which does not fit such numbers: give k_transform another scale"
             )
 
 

@@ -150,6 +150,13 @@ def test_compact_storage_with_a_tensor_missing(books, tmp_path, name):
         Codebooks.from_pretrained(tmp_path / "books")
 
 
+@pytest.mark.parametrize("size", [1e-8, 1e8])
+def test_an_inverse_that_fp16_does_not_hold_is_refused(books, size):
+    books.layers[1].k_transform_inv.mul_(size)
+    with pytest.raises(ValueError, match=r"k_transform_inv has heads with entries up to .*another scale"):
+        books.layers[1].check(books.config, "layer 1")
+
+
 def test_compact_storage_refuses_what_it_would_spoil(books, tmp_path):
     books.layers[1].v_codebook[0, 17] = 3000.0
     with pytest.raises(ValueError, match=r"v_codebook: in .* channels a few centroids lie so far away .*3000.*in full"):

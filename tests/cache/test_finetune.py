@@ -185,7 +185,7 @@ def test_steps_are_relative_to_the_distance_of_centroids():
 
 @pytest.mark.parametrize("size", [1e-21, 1e-25, 1e-38])
 def test_a_gradient_too_small_to_square_moves_nothing(size):
-    """Its square is 0 in fp32; divided by the root of that, one centroid of SmolLM2 went a thousand times too far."""
+    """Its square is a subnormal number or 0 in fp32; divided by the root of that, a centroid goes a thousand times too far."""
     p = torch.randn(1, 256, 4, 2)
     start = p.clone()
     optimiser = CentroidAdam([p.requires_grad_()])

@@ -49,8 +49,8 @@ BETAS = (0.9, 0.95)  # of Adam
 AVERAGE = 0.8  # decay a step of the averaged iterate
 WORSE = 1.1  # times the best held-out KL
 ROWS = 256  # positions whose probabilities are held at once
-# A gradient below this moves nothing. Attention's weights reach e^-50, and the square of such a gradient is 0 in fp32: divided by its
-# root, a centroid that no query cares about went 500 times as far as the others lie apart.
+# A smaller gradient moves a centroid by as much less. Attention's weights reach e^-50, and the square of such a gradient loses its
+# bits in fp32, below 1e-45 all of them: divided by its root, a centroid that no query cares about went a thousand times too far.
 SMALLEST = 1e-18
 
 
