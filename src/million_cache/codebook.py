@@ -92,9 +92,21 @@ class LayerCodebooks:
         return sum(t.nbytes for t in self.tensors.values())
 
     def inverse_for(self, layout: Layout) -> Tensor:
-        """``k_transform_inv`` as attention over keys packed as ``layout`` wants it, always the same tensor."""
+        """``k_transform_inv`` as attention over keys packed as ``layout`` wants it, always the same tensor.
+
+        Raises ValueError where the layout wants fp16 and that does not hold its numbers.
+        """
         if layout.id not in self._inverses:
-            self._inverses[layout.id] = layout.inverse(self.k_transform_inv)
+            exact, inverse = self.k_transform_inv, layout.inverse(self.k_transform_inv)
+            if (
+                layout.half_inverse
+                and ((inverse.float() - exact).norm(dim=(1, 2)) > 1e-3 * exact.norm(dim=(1, 2))).any()
+            ):
+                raise ValueError(
+                    f"k_transform_inv has heads with entries up to {exact.abs().amax((1, 2)).tolist()}; the tensor core kernel holds it "
+                    f"in fp16, which does not fit such numbers: give k_transform another scale"
+                )
+            self._inverses[layout.id] = inverse
         return self._inverses[layout.id]
 
     @cached_property
@@ -184,12 +196,6 @@ class LayerCodebooks:
         for name, tensor in self.tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{where}: {name} holds NaN or inf")
-        lost = (self.k_transform_inv.half().float() - self.k_transform_inv).norm(dim=(1, 2))
-        if (lost > 1e-3 * self.k_transform_inv.norm(dim=(1, 2))).any():
-            raise ValueError(
-                f"{where}: k_transform_inv has heads with entries up to {self.k_transform_inv.abs().amax((1, 2)).tolist()}; the "
-                f"tensor core kernel holds it in fp16, which does not fit such numbers: give k_transform another scale"
-            )
 
 
 @dataclass

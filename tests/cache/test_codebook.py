@@ -16,6 +16,7 @@ from million_cache.card import CARD_NAME, EVALUATION_KEYS, MARK, model_card
 from million_cache.codebook import CONFIG_NAME, TENSORS_NAME, Codebooks, LayerCodebooks, LayerReport, invert
 from million_cache.config import PQConfig
 from million_cache.models import fingerprint
+from million_ops import layout_by_id
 from tests.cache.tiny_models import tiny_llama, tiny_smollm3
 
 CONFIG = PQConfig(k_subspace_dim=2, v_subspace_dim=4, frame_tokens=64)
@@ -154,7 +155,8 @@ def test_compact_storage_with_a_tensor_missing(books, tmp_path, name):
 def test_an_inverse_that_fp16_does_not_hold_is_refused(books, size):
     books.layers[1].k_transform_inv.mul_(size)
     with pytest.raises(ValueError, match=r"k_transform_inv has heads with entries up to .*another scale"):
-        books.layers[1].check(books.config, "layer 1")
+        books.layers[1].inverse_for(layout_by_id(2))
+    assert books.layers[1].inverse_for(layout_by_id(1)) is books.layers[1].k_transform_inv
 
 
 def test_compact_storage_refuses_what_it_would_spoil(books, tmp_path):
