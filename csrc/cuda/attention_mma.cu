@@ -48,6 +48,9 @@ cudaError_t attention_mma_launch(const Attention& a, cudaStream_t stream) {
 namespace mma {
 
 cudaError_t merge(const Attention& a, cudaStream_t stream) {
+  // A multiprocessor whose blocks have little shared memory takes none that need more until they have ended: these wait
+  // for the splits, and the append beside them would wait for these.
+  cudaFuncSetAttribute(merge_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(a.layer.B * a.layer.H * a.rows);
   config.blockDim = dim3(a.layer.D / 2);

@@ -526,11 +526,11 @@ __device__ void append_few(const Layer& a) {
 }
 
 // Launched early, it runs beside the attention of its one token: that query sees neither the slot whose code is written
-// nor what the ring loses. The kernels after this one wait for it alone, so it ends last.
+// nor what the ring loses. The kernels after this one wait for it alone, so one block ends last; the others make room.
 __global__ void __launch_bounds__(kThreads) append_few_kernel(const Layer a) {
   append_few(a);
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (blockIdx.x + blockIdx.y + blockIdx.z == 0) asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
@@ -552,6 +552,9 @@ cudaError_t decode_launch(const Decode& a, cudaStream_t stream) {
 
 cudaError_t append_launch(const Layer& a, bool early, cudaStream_t stream) {
   if (a.n <= kFew) {
+    // As the attention beside it.
+    cudaFuncSetAttribute(append_few_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                         cudaSharedmemCarveoutMaxShared);
     const dim3 grid((a.D + kChannels - 1) / kChannels, a.B * a.H, 2 * a.n);
     cudaLaunchConfig_t config = {};
     config.gridDim = grid, config.blockDim = dim3(kThreads), config.stream = stream;
