@@ -1,9 +1,11 @@
 """What a layer does besides attention of one token alone, on a GPU: the whole decode step, and a long second turn.
 
-Baselines: for the step, SDPA by cuDNN and by FlashAttention after `index_copy_` of the key and the value; for many new tokens over a
-full cache FlashAttention in fp16, and the op itself, which reads the codes once for every few queries.
+Baselines: for the step, SDPA by cuDNN and by FlashAttention after `index_copy_` of the key and the value, over several caches in turn
+(`timing.copies`); for many new tokens over a full cache FlashAttention in fp16, and the op itself, which reads the codes once for
+every few queries.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.bench_pq_attention import SHAPES
+from benchmarks.timing import copies
 from million_cache.config import PRESETS
 from million_cache.long_chunk import attend_long
 from tests.ops.layer_state import make_layer
@@ -27,32 +30,33 @@ def bench_pq_step(compare, device, shape, tokens):
         pytest.skip("the parts are measured")
     B, H, G, D = SHAPES[shape]
     pq, dtype = PRESETS["4bit"], torch.float16
+    size = B * H * tokens * D  # bytes of codes
     torch.manual_seed(0)
     with torch.device(device):
-        layer = make_layer(
-            batch=B, heads=H, head_dim=D, k_dim=pq.k_subspace_dim, v_dim=pq.v_subspace_dim, past=tokens - 1, capacity=tokens,
-            recent=pq.recent_tokens, sinks=pq.sink_tokens, frame_tokens=pq.frame_tokens, dtype=dtype,
-        )  # fmt: skip
-        q, k, v = layer.new_tokens(1, G)
-        attend, append = layer.attention_args(q, k, v), layer.append_args(k, v)
-        keys, values = (torch.randn(B, H, tokens, D, dtype=dtype) for _ in range(2))
+        layers = [
+            make_layer(
+                batch=B, heads=H, head_dim=D, k_dim=pq.k_subspace_dim, v_dim=pq.v_subspace_dim, past=tokens - 1, capacity=tokens,
+                recent=pq.recent_tokens, sinks=pq.sink_tokens, frame_tokens=pq.frame_tokens, dtype=dtype,
+            )
+            for _ in range(copies(device, size))
+        ]  # fmt: skip
+        q, k, v = layers[0].new_tokens(1, G)
+        dense = [[torch.randn(B, H, tokens, D, dtype=dtype) for _ in range(2)] for _ in range(copies(device, 4 * size))]
         position = torch.tensor([tokens - 1])
 
-    def step():
-        out = torch.ops.million_ops.pq_attention(*attend)
-        torch.ops.million_ops.pq_append_(*append[:-1], out)
+    def step(layer):
+        out = torch.ops.million_ops.pq_attention(*layer.attention_args(q, k, v))
+        torch.ops.million_ops.pq_append_(*layer.append_args(k, v, after=out))
 
-    def dense(kernel):
-        def run():
-            keys.index_copy_(2, position, k), values.index_copy_(2, position, v)
-            with sdpa_kernel(kernel):
-                F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
-
-        return run
+    def dense_step(kernel, keys, values):
+        keys.index_copy_(2, position, k), values.index_copy_(2, position, v)
+        with sdpa_kernel(kernel):
+            F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
 
     kernels = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention": SDPBackend.FLASH_ATTENTION}
     compare(
-        step, {name: dense(kernel) for name, kernel in kernels.items()},
+        [partial(step, layer) for layer in layers],
+        {name: [partial(dense_step, kernel, *cache) for cache in dense] for name, kernel in kernels.items()},
         case="4bit, with the append", shape=shape, tokens=tokens, dtype="float16",
     )  # fmt: skip
 

@@ -47,11 +47,13 @@ class Comparison:
         self.benchmark, self.config, self.device, self.name = benchmark, config, device, name
 
     def __call__(self, function, baselines: dict, **case) -> None:
-        """Times ``function`` and ``baselines`` (name to function, or to seconds known already); the fastest counts."""
-        known = {name: x for name, x in baselines.items() if not callable(x)}
-        timed = {name: fastest(x, self.device) for name, x in baselines.items() if callable(x)}
+        """Times ``function`` and ``baselines`` (name to function, or to seconds known already); the fastest counts. Several functions
+        do the same to different data: `timing.fastest`."""
+        known = {name: x for name, x in baselines.items() if isinstance(x, float)}
+        timed = {name: fastest(x, self.device) for name, x in baselines.items() if name not in known}
         rounds = max(5, min(2000, int(0.2 / fastest(function, self.device, 0.05))))
-        self.benchmark.pedantic(lambda: (function(), synchronize(self.device)), rounds=rounds, warmup_rounds=2)
+        one = function if callable(function) else function[0]
+        self.benchmark.pedantic(lambda: (one(), synchronize(self.device)), rounds=rounds, warmup_rounds=2)
         for name in timed:
             timed[name] = min(timed[name], fastest(baselines[name], self.device))
         baseline, seconds = min((known | timed).items(), key=lambda x: x[1])

@@ -9,7 +9,7 @@
 
 namespace million {
 
-constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLazy = 8.f;  // how far (log2) a score may exceed the reference maximum before it is raised
 
 __device__ __forceinline__ float warp_sum(float x) {

@@ -884,6 +884,7 @@ struct Block : RowBlock {
   __device__ void exact_values(int group, Outputs& o, int pair, int it) const {
     const Token mine = token(group * kGroup + (lane & 15));
     bool any = false;  // row sees it: what no row sees may be NaN
+#pragma unroll 1
     for (int r = 0; r < rows; r++) any |= sees(r, mine);
     const uint32_t live = __ballot_sync(~0u, any);
     // As many units are asked for at once as registers allow.
@@ -1071,32 +1072,44 @@ struct Block : RowBlock {
     for (int rr = 0; rr < S::kLaneRows; rr++)
       state.top[rr] = kLowest, state.sum[rr] = 0.f, state.magnitude[rr] = fmaxf(fabsf(a.scale) * kLog2e, FLT_MIN);
     float s[S::kLaneRows][4];
-    int it = 0;
-    for (int group = first_group(pair); group < groups(); group += group_step(), it++) {
-      exact_scores(group, q, s);
-      publish(s, state, pair, it);
-    }
-    const Run tiles = run(pair);
-    Words words;
-    const uint8_t* at = key_codes(tiles);
-    Frame frame = first_frame(tiles);
-    if (tiles.begin < tiles.end) {
+    // Exact tokens, then tiles of codes, in one loop: so the instructions of `publish` are there once, and are in the caches
+    // when the first tile needs them. `next` is a tile, or the complement of a group of exact tokens.
+    const uint8_t* at = nullptr;
+    Words words = {};
+    Places<K> places = {};
+    Frame frame = {};
+    const int end = run(pair).end;
+    int next = ~first_group(pair);
+    for (int it = 0; next != end; it++) {
+      if (next < 0 && ~next < groups()) {
+        exact_scores(~next, q, s);
+        next -= group_step();
+        at = nullptr, frame = {}, places = {};  // known: takes no registers till here
 #pragma unroll
-      for (int i = 0; i < kKeyUnit.words / 4; i++) fetch(words, i, at);
-    }
-    barrier_wait(&scratch.k_table, 0);  // even if there are no codes: the table must be there before it is overwritten
-    if constexpr (in_two()) barrier_wait(&scratch.k_more, 0);
-    const Places<K> places(n, c, shared_address(shared) - kSharedBase);
-    barrier_wait(&scratch.queries, 0);
-    if (tiles.begin < tiles.end) {
-      load_query(frame.now, prepared, q);
+        for (int i = 0; i < kWords; i++) words[i] = 0;
+      } else {
+        if (next < 0) {
+          const Run tiles = run(pair);
+          next = tiles.begin, at = key_codes(tiles), frame = first_frame(tiles);
+          if (next != end) {
 #pragma unroll
-      for (int rr = 0; rr < S::kLaneRows; rr++) state.magnitude[rr] = scratch.magnitude[lane_row(rr)];
-      for (int tile = tiles.begin; tile < tiles.end; tile++, it++, at += kKeyTile) {
-        if (tile + kAhead < tiles.end) prefetch(at + kAhead * kKeyTile, kKeyTile, lane);
-        coded_scores(tile, tile + 1 < tiles.end, at, words, places, prepared, frame, q, s);
-        publish(s, state, pair, it);
+            for (int i = 0; i < kKeyUnit.words / 4; i++) fetch(words, i, at);
+          }
+          // Even if there are no codes: the table must be there before it is overwritten.
+          barrier_wait(&scratch.k_table, 0);
+          if constexpr (in_two()) barrier_wait(&scratch.k_more, 0);
+          places = Places<K>(n, c, shared_address(shared) - kSharedBase);
+          barrier_wait(&scratch.queries, 0);
+          if (next == end) break;
+          load_query(frame.now, prepared, q);
+#pragma unroll
+          for (int rr = 0; rr < S::kLaneRows; rr++) state.magnitude[rr] = scratch.magnitude[lane_row(rr)];
+        }
+        if (next + kAhead < end) prefetch(at + kAhead * kKeyTile, kKeyTile, lane);
+        coded_scores(next, next + 1 < end, at, words, places, prepared, frame, q, s);
+        next++, at += kKeyTile;
       }
+      publish(s, state, pair, it);
     }
 #pragma unroll
     for (int rr = 0; rr < S::kLaneRows; rr++) {

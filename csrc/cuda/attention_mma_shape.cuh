@@ -108,6 +108,7 @@ struct Unit {
 template <class Table>
 struct Places {
   uint32_t four[4], two[2], one;
+  Places() = default;
   // `base`: where shared memory begins, relative to kSharedBase.
   __device__ Places(int n, int c, uint32_t base) {
 #pragma unroll
@@ -196,7 +197,7 @@ struct Merged {
       *static_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(y.x, y.y);
     else
       *static_cast<__half2*>(to) = __floats2half2_rn(y.x, y.y);
-    if (a.lse && line == 0) a.lse[lse] = total == 0.f ? -INFINITY : (top + log2f(total)) / kLog2e;
+    if (a.lse && line == 0) a.lse[lse] = total == 0.f ? -INFINITY : (top + log2f(total)) * kLn2;
   }
 };
 
