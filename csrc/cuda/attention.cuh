@@ -18,12 +18,6 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-constexpr int kMaxSlot = 1 << 30;  // buffers are shorter (checked by the host)
-
-__device__ __forceinline__ int slot_index(int64_t slot) {
-  return int(min(max(slot, int64_t(-kMaxSlot)), int64_t(kMaxSlot)));
-}
-
 // x / y of 0 <= x < 2^21, with by = 1 / y.
 __device__ __forceinline__ int quotient(int x, float by) { return int((x + .5f) * by); }
 

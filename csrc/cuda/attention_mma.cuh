@@ -331,7 +331,7 @@ struct Block : RowBlock {
   // Brings a tile to the L2 cache, some tiles before its codes are loaded: registers need only cover the way from
   // there.
   static __device__ __forceinline__ void prefetch(const uint8_t* tile, int bytes, int lane) {
-    if (lane * 128 < bytes) asm volatile("prefetch.global.L2 [%0];" ::"l"(tile + lane * 112));
+    if (lane * 128 < bytes) prefetch_l2(tile + lane * 112);
   }
 
   // ---- prepared queries ----
@@ -379,9 +379,15 @@ struct Block : RowBlock {
     return channel / 32 * 32 + channel % 8 / 4 * 16 + channel % 4 / 2 * 8 + channel % 32 / 8 * 2 + channel % 2;
   }
 
-  // The block's queries, divided by a power of two so that fp16 neither overflows nor loses small ones. A warp a row,
-  // from the last but one down: the last describes, the first have exact tokens. `asked`: the warp's first row, asked
-  // for early.
+  // Where row r's channels `channel` and the next are in operands of the block's query rows, counted in half2:
+  // [r / 4][subspace][r & 1][pair of channels][r / 2 & 1]. `load_query` reads them.
+  static __device__ __forceinline__ uint32_t operand(uint32_t r, uint32_t channel) {
+    return 2 * (r / 4 * S::D) + ((channel / S::KD * 2 + r % 2) * (S::KD / 2) + channel % S::KD / 2) * 2 + r / 2 % 2;
+  }
+
+  // The block's queries, divided by a power of two so that fp16 neither overflows nor loses small ones: for `prepare`,
+  // and as operands for exact tokens. A warp a row, from the last but one down: the last describes, the first have
+  // exact tokens. `asked`: the warp's first row, asked for early.
   static constexpr int kQueryWords = (S::kLine + kWarp - 1) / kWarp;
   using Asked = uint32_t[kQueryWords];
   __device__ int first_row() const { return (2 * S::kPairs - 2 - warp) % S::kPairs; }
@@ -407,8 +413,11 @@ struct Block : RowBlock {
       const float by = (a.scale < 0.f ? -1.f : 1.f) / power;  // a larger score is a larger product
 #pragma unroll
       for (int i = 0; i < kQueryWords; i++)
-        if (i * kWarp + lane < S::kLine)
-          *reinterpret_cast<float2*>(&scratch.query[r][2 * (i * kWarp + lane)]) = {x[i].x * by, x[i].y * by};
+        if (const uint32_t channel = 2 * (i * kWarp + lane); channel < S::D) {
+          const float2 y = {x[i].x * by, x[i].y * by};
+          *reinterpret_cast<float2*>(&scratch.query[r][channel]) = y;
+          reinterpret_cast<__half2*>(scratch.raw)[operand(r, channel)] = __float22half2_rn(y);
+        }
       if (lane == 0) scratch.magnitude[r] = fmaxf(power * fabsf(a.scale) * kLog2e, FLT_MIN);
     }
   }
@@ -466,16 +475,15 @@ struct Block : RowBlock {
   __device__ void prepare(const Frames& frames, const Prepared& to, const Inverse& inverse) const {
     const int count = products(frames);
     if (count > 1) named_arrive(kTurnedFree + 1, S::kThreads);
-    // Where the lane's two rows of a product go: [subspace][row & 1][pair of channels][row / 2 of the four].
+    // Where the lane's two rows of a product go.
     __half2* at[2];
     int frame[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const uint32_t row = n + 8 * i, r = row % S::Rows, channel = 8 * unit(0) + 2 * c;
       frame[i] = r / 4 < to.tiles ? frames.begin + row / S::Rows : kMaxSlot;
-      const uint32_t tile = (frames.begin + row / S::Rows - to.frame) * to.stride + r / 4 * S::D;
-      at[i] = reinterpret_cast<__half2*>(to.at) +
-              (2 * tile + ((channel / S::KD * 2 + r % 2) * (S::KD / 2) + channel % S::KD / 2) * 2 + r / 2 % 2);
+      at[i] = reinterpret_cast<__half2*>(to.at) + 2 * (frames.begin + row / S::Rows - to.frame) * to.stride +
+              operand(r, channel);
     }
 #pragma unroll 1
     for (int product = 0; product < count; product++) {
@@ -530,34 +538,7 @@ struct Block : RowBlock {
     return group.first + ((step - group.first) ^ (r & (group.width - 1)));
   }
 
-  // The lane's part of the A operands: of the query as the model gave it,
-  __device__ void load_raw_query(Query& q) const {
-    const int r = n & 3, rh = n >> 2;
-#pragma unroll
-    for (int qt = 0; qt < S::kTiles; qt++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int row = 4 * qt + rh + 2 * i;
-        const bool there = i < S::kHalves && row < rows;
-        const uint32_t* from = reinterpret_cast<const uint32_t*>(query_row(min(row, rows - 1))) + c * (S::KD / 2);
-#pragma unroll
-        for (int step = 0; step < K::kSteps; step++) {
-          const int mine = rotated(step, r);
-#pragma unroll
-          for (int sub = 0; sub < S::KD / 2; sub++) {
-            const int u = step * (S::KD / 2) + sub;
-            q[qt][u / 2][u % 2 * 2 + i] = there ? __ldcg(from + mine * 2 * S::KD + sub) : 0u;
-          }
-        }
-      }
-    to_half<int(sizeof(Query) / 4)>(&q[0][0][0], layer.dtype);
-    if (a.scale < 0.f) {  // so that a larger score is a larger product
-#pragma unroll
-      for (int i = 0; i < int(sizeof(Query) / 4); i++) (&q[0][0][0])[i] ^= 0x80008000u;
-    }
-  }
-
-  // and of a frame, prepared.
+  // The lane's part of the A operands, of a frame.
   __device__ __forceinline__ void load_query(int frame, const Prepared& prepared, Query& q) const {
     const int r = n & 3, rh = n >> 2;
 #pragma unroll
@@ -689,7 +670,7 @@ struct Block : RowBlock {
   __device__ void exact_scores(int group, const Query& q, float (&s)[S::kLaneRows][4]) const {
     const Token mine = token(group * kGroup + (lane & 15));
     // To the L2 cache: what the other warp of the pair asks for next.
-    if (lane < 16 || S::D > 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(mine.v + (lane >> 4) * 128));
+    if (lane < 16 || S::D > 64) prefetch_l2(mine.v + (lane >> 4) * 128);
     const char* keys[2];
 #pragma unroll
     for (int half = 0; half < 2; half++)
@@ -884,7 +865,7 @@ struct Block : RowBlock {
   __device__ void exact_values(int group, Outputs& o, int pair, int it) const {
     const Token mine = token(group * kGroup + (lane & 15));
     bool any = false;  // row sees it: what no row sees may be NaN
-#pragma unroll 1
+#pragma unroll 1       // four copies of it are as many instructions to fetch
     for (int r = 0; r < rows; r++) any |= sees(r, mine);
     const uint32_t live = __ballot_sync(~0u, any);
     // As many units are asked for at once as registers allow.
@@ -1060,20 +1041,16 @@ struct Block : RowBlock {
     }
   }
 
-  // Whether a pair may have exact tokens: known before the block is described.
-  __device__ bool may_have_exact(int pair) const {
-    return first_group(pair) * kGroup < int(layer.N + min(layer.R, int64_t(kMaxSlot)) + layer.n);
-  }
-
-  // `q`: as the model gave it, of a pair that may have exact tokens.
-  __device__ void score(int pair, const Prepared& prepared, Query& q) const {
+  __device__ void score(int pair, const Prepared& prepared) const {
+    const Prepared raw = {scratch.raw, 0, 0, S::kTiles};  // not rotated: exact tokens keep their positions
+    Query q;
     Softmax state;
 #pragma unroll
     for (int rr = 0; rr < S::kLaneRows; rr++)
-      state.top[rr] = kLowest, state.sum[rr] = 0.f, state.magnitude[rr] = fmaxf(fabsf(a.scale) * kLog2e, FLT_MIN);
+      state.top[rr] = kLowest, state.sum[rr] = 0.f, state.magnitude[rr] = scratch.magnitude[lane_row(rr)];
     float s[S::kLaneRows][4];
-    // Exact tokens, then tiles of codes, in one loop: so the instructions of `publish` are there once, and are in the caches
-    // when the first tile needs them. `next` is a tile, or the complement of a group of exact tokens.
+    // Exact tokens, then tiles of codes, in one loop, so that the instructions of `publish` are there once and have
+    // been fetched when the first tile needs them. `next` is a tile, or the complement of a group of exact tokens.
     const uint8_t* at = nullptr;
     Words words = {};
     Places<K> places = {};
@@ -1082,6 +1059,7 @@ struct Block : RowBlock {
     int next = ~first_group(pair);
     for (int it = 0; next != end; it++) {
       if (next < 0 && ~next < groups()) {
+        load_query(0, raw, q);
         exact_scores(~next, q, s);
         next -= group_step();
         at = nullptr, frame = {}, places = {};  // known: takes no registers till here
@@ -1102,8 +1080,6 @@ struct Block : RowBlock {
           barrier_wait(&scratch.queries, 0);
           if (next == end) break;
           load_query(frame.now, prepared, q);
-#pragma unroll
-          for (int rr = 0; rr < S::kLaneRows; rr++) state.magnitude[rr] = scratch.magnitude[lane_row(rr)];
         }
         if (next + kAhead < end) prefetch(at + kAhead * kKeyTile, kKeyTile, lane);
         coded_scores(next, next + 1 < end, at, words, places, prepared, frame, q, s);
@@ -1178,8 +1154,6 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
     block.describe(origin);
     block.load_queries(asked);
     named_arrive(Block<S>::kReady, S::kThreads);
-    typename Block<S>::Query query;
-    if (block.may_have_exact(pair)) block.load_raw_query(query);
     named_sync(Block<S>::kScores, S::kThreads);  // the block is described, by warps of either kind
     Block<S>::template load_table<K>(block.codebook(a.layer.k), shared, &block.scratch.k_table);
     block.prefetch_first(pair);
@@ -1187,7 +1161,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
     const Frames frames = block.scratch.frames;
     block.help_prepare(frames);
     if (a.clusters) cluster_arrive();
-    block.score(pair, block.prepared(frames), query);
+    block.score(pair, block.prepared(frames));
     __syncthreads();
   } else {
     const int thread = threadIdx.x - S::kHalf;

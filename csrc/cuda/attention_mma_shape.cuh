@@ -80,6 +80,7 @@ struct Scratch {
   };
   uint2 prepared[S::kKept][S::kTiles][S::D];  // queries of the block's frames, if they are this few
   float query[S::Rows][S::D];                 // divided by its power of two
+  uint2 raw[S::kTiles * S::D];                // the same as operands
   float frequencies[S::D / 2];
   __half zeros[S::Rows][kTile];  // what lanes read whose probabilities another rotation takes
   float magnitude[S::Rows];      // the power of two, times scale * log2(e)

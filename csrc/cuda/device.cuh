@@ -47,9 +47,17 @@ __device__ __forceinline__ void store_pair(void* data, int64_t i, float2 x, DTyp
     static_cast<__half2*>(data)[i] = __floats2half2_rn(x.x, x.y);
 }
 
+__device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // Slot of the forward's first new token.
 __device__ __forceinline__ int64_t first_slot(const Layer& a) {
   return min(max(a.clock[0], -kFarSlot), kFarSlot) + a.offset;
+}
+
+constexpr int kMaxSlot = 1 << 30;  // buffers are shorter (checked by the host)
+
+__device__ __forceinline__ int slot_index(int64_t slot) {
+  return int(min(max(slot, int64_t(-kMaxSlot)), int64_t(kMaxSlot)));
 }
 
 // Channel c of R(-t_f) x for the frame that holds `slot`, or of x where keys have no frames. x holds D channels.
