@@ -476,9 +476,11 @@ __device__ void append_few(const Layer& a) {
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   // What is read last and known first, to the L2 cache: else each comes from DRAM when its turn has come.
   static_assert(kThreads == kCentroids);
-  prefetch_l2((keys ? a.k : a.v).codebook + (int64_t(h) * kCentroids + thread) * D + channel0);
-  if (keys && a.transform != nullptr && thread * 32 < channels * D)
-    prefetch_l2(a.transform + (int64_t(h) * D + channel0) * D + thread * 32);
+  if (b == 0) {
+    prefetch_l2((keys ? a.k : a.v).codebook + (int64_t(h) * kCentroids + thread) * D + channel0);
+    if (keys && a.transform != nullptr && thread * 32 < channels * D)
+      prefetch_l2(a.transform + (int64_t(h) * D + channel0) * D + thread * 32);
+  }
   const int slot = slot_index(first_slot(a) + t), rank = slot - slot_index(a.start[b]);
   const int64_t head = int64_t(b) * a.H + h;
   if (thread < D) {
@@ -533,7 +535,7 @@ __device__ void append_few(const Layer& a) {
 
 // Launched early, it runs beside the attention of its one token: that query sees neither the slot whose code is written
 // nor what the ring loses. The kernels after this one wait for it alone, so one block ends last; the others make room.
-__global__ void __launch_bounds__(kThreads, 8) append_few_kernel(const Layer a) {
+__global__ void __launch_bounds__(kThreads) append_few_kernel(const Layer a) {
   append_few(a);
 #if __CUDA_ARCH__ >= 900
   if (blockIdx.x + blockIdx.y + blockIdx.z == 0) asm volatile("griddepcontrol.wait;" ::: "memory");
