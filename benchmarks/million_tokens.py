@@ -119,7 +119,7 @@ def longest_context(
         cache, found = None, True
         reset_peak(device)
         try:
-            cache = MillionStaticCache(config, books, tokens, 1, device, DTYPE)
+            cache = MillionStaticCache(model, books, tokens, 1, device, DTYPE)
             fill(cache, model, min(BEHIND, tokens - CHUNK - 1), 1)
             for n in (CHUNK, 1):
                 ids = torch.zeros(1, n, dtype=torch.long, device=device)

@@ -397,7 +397,8 @@ def _warn_dequantising(state: CacheState) -> None:
         state.warned_dequantising = True
         warnings.warn(
             f"attention implementation {state.config._attn_implementation!r} reads dequantised keys and values: slow, at full memory, and "
-            "with left padding less exact; call million_cache.enable(model) to attend from the codes",
+            "with left padding less exact; call million_cache.enable(model), and make the cache from that model or its own config object, to "
+            "attend from the codes",
             stacklevel=2,
         )
 

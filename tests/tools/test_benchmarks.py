@@ -250,6 +250,7 @@ def test_under_pytest():
     assert "1 passed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.filterwarnings("error:attention implementation")  # else dequantising is what is measured
 def test_longest_context_by_allocation(monkeypatch, tmp_path):
     """The path that a GPU takes, with the sum of bytes in the place of its cap: a prefill chunk and a step run in every cache that is
     tried, what is beyond the memory is arithmetic and says so, and arithmetic does not replace a measurement."""
@@ -301,6 +302,7 @@ def test_longest_context_by_allocation(monkeypatch, tmp_path):
     assert again[0.01] == rows[0.01] and not again[0.04]["measured"]
 
 
+@pytest.mark.filterwarnings("error:attention implementation")  # else dequantising is what is measured
 def test_longest_context_stops_where_memory_ends(monkeypatch):
     """Out of memory is an answer, any other error is one of its own."""
     monkeypatch.setattr(million_tokens, "device_bytes", lambda device: 1 << 40)
