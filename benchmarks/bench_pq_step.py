@@ -1,8 +1,12 @@
-"""What a layer does besides attention of one token alone, on a GPU: the whole decode step, and a long second turn.
+"""What a layer does besides attention of one token alone, on a GPU: a decode step's whole layer, and a long second turn.
 
-Baselines: for the step, SDPA by cuDNN and by FlashAttention after `index_copy_` of the key and the value, over several caches in turn
-(`timing.copies`); for many new tokens over a full cache FlashAttention in fp16, and the op itself, which reads the codes once for
-every few queries.
+The layer: norms, projections, MLP with random weights, and between them attention and append. Ratio and time are of attention and
+append, what they add to the layer: between two attentions hundreds of megabytes of weights pass through the L2 cache, so that
+neither caches nor codebooks nor the kernel's own instructions are there, and the kernel before does not let the next start early.
+That is what a model's step sees; `bench_pq_attention` times the kernel alone. Baselines: SDPA by cuDNN and by FlashAttention after
+`index_copy_` of the key and the value, in the same layer.
+
+For many new tokens over a full cache FlashAttention in fp16, and the op itself, which reads the codes once for every few queries.
 """
 
 from functools import partial
@@ -20,19 +24,45 @@ from million_cache.config import PRESETS
 from million_cache.long_chunk import attend_long
 from tests.ops.layer_state import make_layer
 
-STEPS = [(shape, tokens) for shape in SHAPES for tokens in (2048, 32768)]
+MLP = {"SmolLM2": 1536, "Llama-3-8B": 14336, "Llama-2-7B": 11008, "Qwen-like": 18944}  # channels
+STEPS = [(shape, tokens) for shape in SHAPES for tokens in (1024, 2048, 8192, 32768)]
+
+
+def weights(hidden: int, heads: int, kv_heads: int, head_dim: int, mlp: int, dtype) -> dict[str, torch.Tensor]:
+    """Of a decoder layer, on the default device; a product keeps the size of its input."""
+    shapes = {
+        "q": (heads * head_dim, hidden), "k": (kv_heads * head_dim, hidden), "v": (kv_heads * head_dim, hidden),
+        "o": (hidden, heads * head_dim), "gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp),
+    }  # fmt: skip
+    return {name: torch.randn(shape, dtype=dtype) / shape[1] ** 0.5 for name, shape in shapes.items()}
+
+
+def decoder_layer(w, heads, attend, x):
+    """A decoder layer of one token a row, x [B, hidden], around ``attend(q, k, v)``, all [B, heads, 1, D]; rotation is left out."""
+    B, hidden = x.shape
+    y = F.rms_norm(x, (hidden,))
+    q, k, v = (F.linear(y, w[name]).view(B, n, 1, -1) for name, n in zip("qkv", heads))
+    x = x + F.linear(attend(q, k, v).reshape(B, -1), w["o"])
+    y = F.rms_norm(x, (hidden,))
+    return x + F.linear(F.silu(F.linear(y, w["gate"])) * F.linear(y, w["up"]), w["down"])
 
 
 @pytest.mark.parametrize(("shape", "tokens"), STEPS)
 def bench_pq_step(compare, device, shape, tokens):
-    """A layer's whole step, attention and append of one token, against SDPA and `index_copy_` of the key and the value."""
+    """Attention and append of one token within a decoder layer, against SDPA and `index_copy_` of the key and the value."""
     if device == "cpu":
         pytest.skip("the parts are measured")
     B, H, G, D = SHAPES[shape]
-    pq, dtype = PRESETS["4bit"], torch.float16
+    pq, dtype = PRESETS["4bit"], torch.bfloat16
     size = B * H * tokens * D  # bytes of codes
+    heads, mlp = (H * G, H, H), next(x for name, x in MLP.items() if shape.startswith(name))
     torch.manual_seed(0)
     with torch.device(device):
+        first = weights(H * G * D, H * G, H, D, mlp, dtype)
+        models = [first] + [
+            {name: x.clone() for name, x in first.items()}
+            for _ in range(1, copies(device, sum(x.nbytes for x in first.values())))
+        ]
         layers = [
             make_layer(
                 batch=B, heads=H, head_dim=D, k_dim=pq.k_subspace_dim, v_dim=pq.v_subspace_dim, past=tokens - 1, capacity=tokens,
@@ -40,24 +70,30 @@ def bench_pq_step(compare, device, shape, tokens):
             )
             for _ in range(copies(device, size))
         ]  # fmt: skip
-        q, k, v = layers[0].new_tokens(1, G)
         dense = [[torch.randn(B, H, tokens, D, dtype=dtype) for _ in range(2)] for _ in range(copies(device, 4 * size))]
-        position = torch.tensor([tokens - 1])
+        position, x = torch.tensor([tokens - 1]), torch.randn(B, H * G * D, dtype=dtype)
 
-    def step(layer):
+    def step(layer, q, k, v):
         out = torch.ops.million_ops.pq_attention(*layer.attention_args(q, k, v))
         torch.ops.million_ops.pq_append_(*layer.append_args(k, v, after=out))
+        return out
 
-    def dense_step(kernel, keys, values):
-        keys.index_copy_(2, position, k), values.index_copy_(2, position, v)
+    def dense_step(kernel, cache, q, k, v):
+        for buffer, new in zip(cache, (k, v)):
+            buffer.index_copy_(2, position, new)
         with sdpa_kernel(kernel):
-            F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+            return F.scaled_dot_product_attention(q, *cache, enable_gqa=True)
+
+    def within(steps):
+        count = max(len(models), len(steps))
+        return [partial(decoder_layer, models[i % len(models)], heads, steps[i % len(steps)], x) for i in range(count)]
 
     kernels = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention": SDPBackend.FLASH_ATTENTION}
     compare(
-        [partial(step, layer) for layer in layers],
-        {name: [partial(dense_step, kernel, *cache) for cache in dense] for name, kernel in kernels.items()},
-        case="4bit, with the append", shape=shape, tokens=tokens, dtype="float16",
+        within([partial(step, layer) for layer in layers]),
+        {name: within([partial(dense_step, kernel, cache) for cache in dense]) for name, kernel in kernels.items()},
+        besides=within([lambda q, k, v: q]),
+        case="4bit, with the append, in a layer", shape=shape, tokens=tokens, dtype="bfloat16",
     )  # fmt: skip
 
 

@@ -46,9 +46,9 @@ class Comparison:
     def __init__(self, benchmark, config, device: str, name: str):
         self.benchmark, self.config, self.device, self.name = benchmark, config, device, name
 
-    def __call__(self, function, baselines: dict, **case) -> None:
+    def __call__(self, function, baselines: dict, besides=None, **case) -> None:
         """Times ``function`` and ``baselines`` (name to function, or to seconds known already); the fastest counts. Several functions
-        do the same to different data: `timing.fastest`."""
+        do the same to different data: `timing.fastest`. ``besides``: what both sides do besides, whose time is taken off on a GPU."""
         known = {name: x for name, x in baselines.items() if isinstance(x, float)}
         timed = {name: fastest(x, self.device) for name, x in baselines.items() if name not in known}
         rounds = max(5, min(2000, int(0.2 / fastest(function, self.device, 0.05))))
@@ -58,6 +58,10 @@ class Comparison:
             timed[name] = min(timed[name], fastest(baselines[name], self.device))
         baseline, seconds = min((known | timed).items(), key=lambda x: x[1])
         mine = fastest(function, "cuda", 0.2) if self.device == "cuda" else self.benchmark.stats.stats.min
+        if besides is not None:
+            common = fastest(besides, self.device)
+            case |= {"whole_us": mine * 1e6, "whole_baseline_us": seconds * 1e6}
+            seconds, mine = seconds - common, mine - common
         self.benchmark.extra_info.update(case, baseline=baseline, baseline_us=seconds * 1e6, ratio=seconds / mine)
         self.benchmark.name += f" ({seconds / mine:.2f}x {baseline})"
         results = self.config.stash.setdefault(RESULTS_KEY, {}).setdefault(f"{self.device}_{self.name}", [])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from functools import partial
 
 import torch
 
@@ -13,7 +15,8 @@ def synchronize(device: str) -> None:
 
 
 REPLAYS = 10
-MOST_COPIES = 64
+MOST_COPIES = 512
+GRAPH_SECONDS = 1e-3  # what a CUDA graph lasts at least: launching one takes 1 to 2 us, which is not the calls' time
 
 
 def copies(device: str, size: int) -> int:
@@ -52,11 +55,21 @@ def call_seconds(function, device: str) -> float:
 
 def fastest(calls, device: str, seconds: float = 0.1) -> float:
     """Seconds of the fastest call within about ``seconds``, three at least. ``calls``: a function, or several that do the same to
-    different data; on a GPU they are one CUDA graph, and the time is their mean."""
+    different data. On a GPU they are one CUDA graph, again and again for `GRAPH_SECONDS`, and the time is the mean of what each
+    adds to a chain of small kernels: a kernel that starts before the one before it has ended must not overlap itself."""
     calls = [calls] if callable(calls) else list(calls)
-    function = replayed(*calls) if device == "cuda" else calls[0]
+    if device != "cuda":
+        return _least(calls[0], device, seconds)
+    calls *= max(1, math.ceil(GRAPH_SECONDS / call_seconds(replayed(*calls), device)))
+    small = partial(torch.zeros(1024, device=device).add_, 1)
+    chain = replayed(*[f for call in calls for f in (small, call)]), replayed(*[small] * len(calls))
+    together, alone = (_least(function, device, seconds) for function in chain)
+    return (together - alone) / len(calls)
+
+
+def _least(function, device: str, seconds: float) -> float:
     function()
     best, count, stop = float("inf"), 0, time.perf_counter() + seconds
     while count < 3 or time.perf_counter() < stop:
         best, count = min(best, call_seconds(function, device)), count + 1
-    return best / (len(calls) if device == "cuda" else 1)
+    return best

@@ -454,12 +454,9 @@ cudaError_t attend(const Attention& a, int shared_limit, cudaStream_t stream) {
 cudaError_t attention_rows_launch(const Attention& a, cudaStream_t stream) {
   const Layer& layer = a.layer;
   prepare_kernel<<<dim3(a.frames, layer.B * layer.H, a.rows), layer.D, 2 * layer.D * sizeof(float), stream>>>(a);
-  int device = 0, limit = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const cudaError_t result = layer.D <= 64    ? attend<64>(a, limit, stream)
-                             : layer.D <= 128 ? attend<128>(a, limit, stream)
-                                              : attend<256>(a, limit, stream);
+  const cudaError_t result = layer.D <= 64    ? attend<64>(a, a.shared, stream)
+                             : layer.D <= 128 ? attend<128>(a, a.shared, stream)
+                                              : attend<256>(a, a.shared, stream);
   if (result != cudaSuccess) return result;
   merge_kernel<<<layer.B * layer.H * a.rows, layer.D, 0, stream>>>(a);
   return cudaGetLastError();

@@ -36,13 +36,13 @@ __global__ void merge_kernel(const __grid_constant__ Attention a) {
 
 }  // namespace
 
-int attention_mma_tables(int64_t D, int64_t k_dim, int64_t v_dim) {
-  const auto of = mma::instance(D, k_dim, v_dim);
+int attention_mma_tables(int64_t D, int64_t k_dim, int64_t v_dim, int shared) {
+  const auto of = mma::instance(D, k_dim, v_dim, shared);
   return of ? of->table_bytes : 0;
 }
 
 cudaError_t attention_mma_launch(const Attention& a, cudaStream_t stream) {
-  return mma::instance(a.layer.D, a.layer.k.d, a.layer.v.d)->launch(a, stream);
+  return mma::instance(a.layer.D, a.layer.k.d, a.layer.v.d, a.shared)->launch(a, stream);
 }
 
 namespace mma {
@@ -63,11 +63,15 @@ cudaError_t merge(const Attention& a, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, merge_kernel, a);
 }
 
-const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim) {
-  for (const Instance* list : {instances_64(), instances_96(), instances_128()})
-    for (; list->launch; list++)
-      if (list->D == D && list->k_dim == k_dim && list->v_dim == v_dim) return list;
-  return nullptr;
+const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim, int shared) {
+  const Instance* smallest = nullptr;
+  for (const Instance* list : {instances_64(), instances_96(), instances_128(), instances_narrow()})
+    for (; list->launch; list++) {
+      if (list->D != D || list->k_dim != k_dim || list->v_dim != v_dim) continue;
+      if (list->table_bytes + kScratch <= shared) return list;
+      if (smallest == nullptr || list->table_bytes < smallest->table_bytes) smallest = list;
+    }
+  return smallest;
 }
 
 }  // namespace mma

@@ -482,8 +482,8 @@ struct Block : RowBlock {
     for (int i = 0; i < 2; i++) {
       const uint32_t row = n + 8 * i, r = row % S::Rows, channel = 8 * unit(0) + 2 * c;
       frame[i] = r / 4 < to.tiles ? frames.begin + row / S::Rows : kMaxSlot;
-      at[i] = reinterpret_cast<__half2*>(to.at) + 2 * (frames.begin + row / S::Rows - to.frame) * to.stride +
-              operand(r, channel);
+      at[i] = reinterpret_cast<__half2*>(to.at) +
+              int64_t(frames.begin + int(row / S::Rows) - to.frame) * (2 * to.stride) + operand(r, channel);
     }
 #pragma unroll 1
     for (int product = 0; product < count; product++) {
@@ -1246,11 +1246,16 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
   return error;
 }
 
-template <int D, int KD, int VD>
+template <int D, int KD, int VD, bool Narrow>
 cudaError_t attend(const Attention& a, cudaStream_t stream) {
-  if (a.rows <= 2) return attend<Shape<D, KD, VD, 2>>(a, stream);
-  if (a.rows > 4) return attend<Shape<D, KD, VD, 8>>(a, stream);
-  return attend<Shape<D, KD, VD, 4>>(a, stream);
+  if (a.rows <= 2) return attend<Shape<D, KD, VD, 2, Narrow>>(a, stream);
+  if (a.rows > 4) return attend<Shape<D, KD, VD, 8, Narrow>>(a, stream);
+  return attend<Shape<D, KD, VD, 4, Narrow>>(a, stream);
+}
+
+template <int D, int KD, int VD, bool Narrow = false>
+constexpr Instance make_instance() {
+  return {D, KD, VD, Shape<D, KD, VD, 4, Narrow>::kTableBytes, attend<D, KD, VD, Narrow>};
 }
 
 }  // namespace mma

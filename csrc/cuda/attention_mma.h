@@ -1,4 +1,5 @@
-// The instances of the tensor core kernel: one source file a head_dim, so that they compile in parallel.
+// The instances of the tensor core kernel: a source file for each head_dim, and one for narrow tables, so that they
+// compile in parallel.
 #pragma once
 
 #include "kernels.h"
@@ -16,12 +17,13 @@ struct Instance {
 const Instance* instances_64();
 const Instance* instances_96();
 const Instance* instances_128();
+const Instance* instances_narrow();
 
 // Merges what the splits of a launch have left in `partials`.
 cudaError_t merge(const Attention&, cudaStream_t);
 
-// Null if there is none.
-const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim);
+// The fastest that a block of `shared` bytes can run, else the one that needs least; null if there is none.
+const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim, int shared);
 
 }  // namespace mma
 }  // namespace million

@@ -6,12 +6,8 @@ namespace mma {
 
 const Instance* instances_128() {
   static constexpr Instance kInstances[] = {
-      {128, 2, 2, Shape<128, 2, 2, 4>::kTableBytes, attend<128, 2, 2>},
-      {128, 2, 4, Shape<128, 2, 4, 4>::kTableBytes, attend<128, 2, 4>},
-      {128, 4, 4, Shape<128, 4, 4, 4>::kTableBytes, attend<128, 4, 4>},
-      {128, 4, 8, Shape<128, 4, 8, 4>::kTableBytes, attend<128, 4, 8>},
-      {128, 8, 8, Shape<128, 8, 8, 4>::kTableBytes, attend<128, 8, 8>},
-      {},
+      make_instance<128, 2, 2>(), make_instance<128, 2, 4>(), make_instance<128, 4, 4>(),
+      make_instance<128, 4, 8>(), make_instance<128, 8, 8>(), {},
   };
   return kInstances;
 }

@@ -6,8 +6,8 @@ namespace mma {
 
 const Instance* instances_96() {
   static constexpr Instance kInstances[] = {
-      {96, 2, 2, Shape<96, 2, 2, 4>::kTableBytes, attend<96, 2, 2>},
-      {96, 4, 4, Shape<96, 4, 4, 4>::kTableBytes, attend<96, 4, 4>},
+      make_instance<96, 2, 2>(),
+      make_instance<96, 4, 4>(),
       {},
   };
   return kInstances;

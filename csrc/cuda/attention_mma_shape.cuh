@@ -25,7 +25,7 @@ constexpr int kArrivals = 1;
 #endif
 constexpr float kLowest = -1e30f;  // below any score, and finite
 
-template <int D_, int KD_, int VD_, int Rows_>
+template <int D_, int KD_, int VD_, int Rows_, bool Narrow = false>
 struct Shape {
   static constexpr int D = D_, KD = KD_, VD = VD_;
   static constexpr int Rows = Rows_;                 // query rows of a block: 2, 4 or 8
@@ -36,10 +36,11 @@ struct Shape {
                                 : Rows == 4 ? 6
                                             : 8;  // of warps: one spilled register costs more than a pair brings
   static constexpr int kThreads = kPairs * 2 * kWarp, kHalf = kThreads / 2;
-  using K = KeyTable<D, KD>;
-  using V = ValueTable<D, VD>;
-  static constexpr int kValueTable = (K::kBytes + 127) / 128 * 128;  // where it begins
-  static constexpr int kTableBytes = kValueTable + V::kBytes;
+  using K = KeyTable<D, KD, Narrow>;
+  using V = ValueTable<D, VD, Narrow>;
+  static constexpr bool kOnePage = K::kRowBytes + V::kRowBytes <= kRow;  // for both tables, row by row
+  static constexpr int kValueTable = kOnePage ? K::kRowBytes : (K::kBytes + 127) / 128 * 128;  // where it begins
+  static constexpr int kTableBytes = kOnePage ? kPage : kValueTable + V::kBytes;
   static constexpr int kLine = D / 2;        // pairs of channels
   static constexpr int kFrames = 16 / Rows;  // whose queries are prepared with one product
   static constexpr int kKept = 8 / kTiles;   // frames whose queries stay in shared memory

@@ -1,6 +1,9 @@
 // Where the entries of codebooks lie in shared memory, so that lookups are free of bank conflicts; attention_mma.cuh
 // says why. A table is pages of 64 KiB with a code's row every 256 bytes, so that an address is (page, code, place in
 // the row): one PRMT of a word of codes and the lane's place.
+//
+// A narrow table holds every entry once, as the codebook does, for GPUs with less shared memory: lanes on the same
+// banks then wait for each other, up to four times as long.
 #pragma once
 
 #include "../common/pq_layout.h"
@@ -22,11 +25,11 @@ constexpr Group group_of(int steps, int step) {
 }
 
 // Keys of d channels a subspace. A group holds subspaces 4 first .. 4 (first + width) - 1 in order, `replicas` times.
-template <int D, int d>
+template <int D, int d, bool Narrow>
 struct KeyTable {
   static constexpr int kSteps = D / d / 4;
   static constexpr int run(int width) { return width * 8 * d; }  // bytes of one replica
-  static constexpr int replicas(int width) { return run(width) >= 128 ? 1 : 128 / run(width); }
+  static constexpr int replicas(int width) { return Narrow || run(width) >= 128 ? 1 : 128 / run(width); }
   // Where a row of the codebook is a row of the table, the table is the codebook, `kCopies` times: copy i in page i,
   // moved on by i replicas, so that the same entry lies on other banks.
   static constexpr bool kWhole = 2 * D == kRow;
@@ -60,36 +63,40 @@ struct KeyTable {
   }
 };
 
-// Values. A group holds subspaces 8 first .. 8 (first + width) - 1 in lines of 128 bytes, one line for the values of n
-// that are served together; a line holds its entries `replicas` times.
-template <int D, int d>
+// Values. A group holds subspaces 8 first .. 8 (first + width) - 1 in lines, one line for the values of n that are
+// served together; a line of 128 bytes holds its entries as often as they fit.
+template <int D, int d, bool Narrow>
 struct ValueTable {
   static constexpr int kSteps = D / d / 8;
-  static constexpr int kTogether = 16 / d, kLines = 8 / kTogether, kGroupBytes = kLines * 128;
+  static constexpr int kTogether = 16 / d, kLines = 8 / kTogether;
 
-  static constexpr int run(int width) { return 32 * width; }
-  static constexpr bool kWhole = 2 * D == kRow && run(rotation_width(kSteps, 0)) == 128;
+  static constexpr int run(int width) { return 32 * width; }  // bytes of a line's entries
+  static constexpr int line(int width) { return Narrow ? run(width) : 128; }
+  static constexpr int bytes(int width) { return kLines * line(width); }
+  static constexpr bool kWhole = 2 * D == kRow && run(rotation_width(kSteps, 0)) == line(rotation_width(kSteps, 0));
   static constexpr int kCopies = 1, kMove = 0;
   static constexpr int offset(int step) {
     int at = 0;
-    for (int s = 0; s < group_of(kSteps, step).first; s += rotation_width(kSteps, s)) at += kGroupBytes;
+    for (int s = 0; s < group_of(kSteps, step).first; s += rotation_width(kSteps, s))
+      at += bytes(rotation_width(kSteps, s));
     return at;
   }
-  static constexpr int kRowBytes = offset(kSteps - 1) + kGroupBytes;
+  static constexpr int kRowBytes = offset(kSteps - 1) + bytes(rotation_width(kSteps, kSteps - 1));
   static constexpr int kPages = (kRowBytes + kRow - 1) / kRow;
   static constexpr int kBytes = kPages * kPage;
 
   static __device__ uint32_t lane_place(int width, int x, int n, int c) {
+    const int replica = Narrow ? 0 : c / width;
     const int at =
-        n / kTogether * 128 + (c / width) * run(width) + (n % kTogether * width + (x ^ (c & (width - 1)))) * 2 * d;
+        n / kTogether * line(width) + replica * run(width) + (n % kTogether * width + (x ^ (c & (width - 1)))) * 2 * d;
     return at / kRow * kPage + at % kRow;
   }
   static __device__ int source(int at) {
     int from = 0;
     for (int s = 0; s < kSteps;) {
       const int width = rotation_width(kSteps, s);
-      if (at < kGroupBytes) return from + at / 128 * run(width) + at % 128 % run(width);
-      at -= kGroupBytes, from += kLines * run(width), s += width;
+      if (at < bytes(width)) return from + at / line(width) * run(width) + at % line(width) % run(width);
+      at -= bytes(width), from += kLines * run(width), s += width;
     }
     return 0;
   }

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <tuple>
 
 #include "../common/arguments.h"
@@ -31,6 +32,14 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
+// Bytes of shared memory that a block can have; fewer if MILLION_GPU_SHARED (KiB) says so, to run on a large GPU what
+// smaller ones get.
+int shared_limit() {
+  static const char* const given = std::getenv("MILLION_GPU_SHARED");
+  const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return given ? std::min(limit, std::atoi(given) << 10) : limit;
+}
+
 // Programmatic dependent launch.
 bool can_overlap() { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
@@ -41,7 +50,7 @@ void check_head_dim(int64_t D) {
           kChannelStep, " and at most 256, got ", D);
   REQUIRE(attribute(cudaDevAttrComputeCapabilityMajor) >= 8,
           "the CUDA kernels need a GPU of compute capability 8.0 or newer");
-  const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int shared = shared_limit();
   REQUIRE(D <= 128 || shared >= kWideShared, "head_dim ", D, " needs ", kWideShared >> 10,
           " KiB of shared memory a block, this GPU has ", shared >> 10);
 }
@@ -51,19 +60,22 @@ void check_grid(int64_t B, int64_t H) {
   REQUIRE(B * H <= 65535, "the CUDA kernels take at most 65535 rows x KV heads, got ", B, " x ", H);
 }
 
-// Whether a layer's codes are the tensor core kernel's. What it cannot run is refused.
-bool check_layouts(const Layer& layer) {
+// Kernels count slots in 32 bits.
+void check_slots(const Layer& layer) {
   for (const Coded* book : {&layer.k, &layer.v})
     REQUIRE(book->slots <= int64_t(1) << 30, "the CUDA kernels take at most 2^30 slots, got ", book->slots);
+}
+
+// Whether a layer's codes are the tensor core kernel's. What it cannot run is refused.
+bool check_layouts(const Layer& layer) {
   if (layer.k.layout == kRows64 && layer.v.layout == kRows64) return false;
   REQUIRE(layer.k.layout == kMmaK && layer.v.layout == kMmaV,
           "the CUDA kernels read codes of layouts 1 and 1 (rows64) or 2 and 3 (mma_k, mma_v), got k_layout ",
           layer.k.layout, " and v_layout ", layer.v.layout);
   REQUIRE(layer.dtype != DType::f32, "layouts mma_k and mma_v are for 16-bit models; torch.float32 needs rows64");
-  const int tables = attention_mma_tables(layer.D, layer.k.d, layer.v.d);
+  const int shared = shared_limit(), tables = attention_mma_tables(layer.D, layer.k.d, layer.v.d, shared);
   REQUIRE(tables > 0, "no tensor core kernel for head_dim ", layer.D, " with ", layer.k.d, " and ", layer.v.d,
           " channels a subspace; use layout rows64 (million_ops.layouts_for chooses)");
-  const int shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   REQUIRE(tables + kScratch <= shared && attribute(cudaDevAttrReservedSharedMemoryPerBlock) == 1024,
           "the tensor core kernel needs ", (tables + kScratch) >> 10, " KiB of shared memory a block, this GPU has ",
           shared >> 10, "; use layout rows64 (million_ops.layouts_for chooses)");
@@ -123,6 +135,7 @@ void pq_append_(MILLION_APPEND_PARAMETERS) {
   const OnDevice guard(k);
   check_head_dim(layer.D);
   check_grid(layer.B, layer.H);
+  check_slots(layer);
   if (layer.B * layer.H == 0) return;
   // Copies that were made here of k or v are not what its attention has waited for.
   const bool early = can_overlap() && layer.n == 1 && after.has_value() && tensors.copies.empty();
@@ -155,6 +168,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   const OnDevice guard(q);
   check_head_dim(layer.D);
   check_grid(layer.B, layer.H);
+  check_slots(layer);
   const bool tensor_cores = check_layouts(layer);
   const Strided queries = strided_of(q, size_of(layer.dtype), tensors.copies);
   const uint8_t* mask_bits = mask_data(mask, layer, q, tensors.copies);
@@ -182,6 +196,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   a.rows = int(block * G);
   a.overlap = can_overlap();
   a.at_once = attribute(cudaDevAttrMultiProcessorCount);
+  a.shared = shared_limit();
   a.splits = splits_for(a, (a.rows + 7) / 8, tensor_cores);
   const auto floats = [&](int64_t count) { return torch::stable::new_empty(q, {count}, ScalarType::Float); };
   Tensor prepared = floats(tensor_cores ? layer.B * layer.H * tiles * a.frames * 2 * layer.D : query_floats * block);

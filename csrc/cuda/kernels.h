@@ -25,6 +25,7 @@ struct Attention {
   float* partials;  // [B, H, rows, splits, D + 2]: numerator, reference maximum (log2), denominator
 
   int at_once;  // blocks that run at the same time: multiprocessors
+  int shared;   // bytes of shared memory that a block can have
 
   // Tensor core kernel only.
   bool crowded;     // most of them have a block
@@ -59,9 +60,9 @@ cudaError_t decode_launch(const Decode&, cudaStream_t);
 cudaError_t append_launch(const Layer&, bool early, cudaStream_t);
 cudaError_t attention_rows_launch(const Attention&, cudaStream_t);  // layout rows64
 
-// Layouts mma_k and mma_v. Bytes of shared memory that the kernel for these channels a subspace takes for its tables; 0
-// if there is none.
-int attention_mma_tables(int64_t D, int64_t k_dim, int64_t v_dim);
+// Layouts mma_k and mma_v. Bytes of shared memory that the kernel for these channels a subspace, the fastest that a
+// block of `shared` bytes can run or else the smallest, takes for its tables; 0 if there is none.
+int attention_mma_tables(int64_t D, int64_t k_dim, int64_t v_dim, int shared);
 cudaError_t attention_mma_launch(const Attention&, cudaStream_t);
 
 }  // namespace million

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from million_ops._loader import has_kernels
 from million_ops.layout import LAYOUTS, Layout, mma_table_pages
 
-# Shared memory that the tensor core kernel needs beside its pages: kScratch in csrc/cuda/kernels.h, 34 KiB, and the few bytes
-# by which the second copy of a table is moved.
-MMA_SCRATCH = 35 << 10
+MMA_SCRATCH = (
+    34 << 10
+)  # shared memory that the tensor core kernel needs beside its pages: kScratch in csrc/cuda/kernels.h
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block can have on a GPU; fewer if ``MILLION_GPU_SHARED`` (KiB) says so, to run on a large GPU
+    what smaller ones get: the compiled kernels read the same variable."""
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    given = os.environ.get("MILLION_GPU_SHARED")
+    return min(limit, int(given) << 10) if given else limit
 
 
 def layouts_for(
@@ -31,8 +41,12 @@ def layouts_for(
     if device.type not in ("cpu", "cuda"):
         return LAYOUTS[0], LAYOUTS[0]
     pages = mma_table_pages(head_dim, k_subspace_dim, v_subspace_dim)
-    if device.type == "cuda" and dtype != torch.float32 and pages and has_kernels("cuda"):
-        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-        if (pages << 16) + MMA_SCRATCH <= shared:
-            return LAYOUTS[2], LAYOUTS[3]
+    if (
+        device.type == "cuda"
+        and dtype != torch.float32
+        and pages
+        and has_kernels("cuda")
+        and (pages << 16) + MMA_SCRATCH <= shared_memory(device)
+    ):
+        return LAYOUTS[2], LAYOUTS[3]
     return LAYOUTS[1], LAYOUTS[1]

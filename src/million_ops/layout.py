@@ -121,19 +121,14 @@ def layout_by_id(layout_id: int) -> Layout:
 
 
 def mma_table_pages(head_dim: int, k_subspace_dim: int, v_subspace_dim: int) -> int | None:
-    """64 KiB pages of shared memory that the lookup tables of layouts ``mma_k`` and ``mma_v`` take, or None where they do not apply.
+    """64 KiB pages of shared memory that the smallest lookup tables of layouts ``mma_k`` and ``mma_v`` take, or None where they do not apply.
 
-    A table has a row of 256 centroids' entries, cut into pages of 256 bytes a row; `csrc/cuda/attention_tables.cuh` lays it out.
+    A page has a row of 256 bytes for each of 256 codes, for keys and values together if that holds both; GPUs with more shared
+    memory take larger tables with fewer bank conflicts. `csrc/cuda/attention_tables.cuh` lays them out.
     """
-
-    def groups(steps: int) -> list[int]:
-        return [4] * (steps // 4) + [2] * (steps % 4 // 2) + [1] * (steps % 2)
-
     if (k_subspace_dim, v_subspace_dim) not in MMA_SHAPES.get(head_dim, ()):
         return None
-    k_row = sum(max(128, 8 * width * k_subspace_dim) for width in groups(head_dim // k_subspace_dim // 4))
-    v_row = len(groups(head_dim // v_subspace_dim // 8)) * v_subspace_dim * 64
-    return -(-k_row // 256) + -(-v_row // 256)
+    return -(-2 * 2 * head_dim // 256)
 
 
 def pack(codes: Tensor, layout: Layout, capacity: int | None = None) -> Tensor:

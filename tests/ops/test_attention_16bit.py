@@ -1,9 +1,15 @@
 """Attention of 16-bit models, on a GPU the tensor core kernel: errors within 1.5 times those of decoding to fp16 and attending."""
 
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from million_ops import has_kernels, reference
+from million_ops import dispatch, has_kernels, layouts_for, reference
+from million_ops.layout import MMA_SHAPES
 from tests.ops import oracle
 from tests.ops.layer_state import NAN, make_layer
 
@@ -152,3 +158,29 @@ def test_any_scale(scale):
     plain = reference.pq_attention_lse(*args, decoded=torch.float16)[0]
     error, bound = ((x.double() - truth).norm() for x in (ops.pq_attention(*args), plain))
     assert error <= FACTOR * bound + 1e-3 * truth.norm()
+
+
+@pytest.mark.parametrize(("kib", "head_dims"), [(48, ()), (99, (64,)), (163, (64, 96, 128)), (227, (64, 96, 128))])
+def test_layouts_by_shared_memory(monkeypatch, kib, head_dims):
+    """Which head_dims the tensor core kernel's tables fit, of GPUs from a GeForce to an H100."""
+    limit = SimpleNamespace(shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: limit)
+    monkeypatch.setattr(dispatch, "has_kernels", lambda device: True)
+    monkeypatch.setenv("MILLION_GPU_SHARED", str(kib))
+    for head_dim, shapes in MMA_SHAPES.items():
+        for k_dim, v_dim in shapes:
+            k, v = layouts_for("cuda", head_dim, k_dim, v_dim, torch.float16)
+            assert (k.name, v.name) == (("mma_k", "mma_v") if head_dim in head_dims else ("rows64", "rows64"))
+
+
+@pytest.mark.parametrize("kib", [163, 99])
+def test_smaller_gpus(device, kib):
+    """Narrow tables, and the general kernel, as a GPU with less shared memory takes them."""
+    if device != "cuda":
+        pytest.skip("of GPUs")
+    names = "(test_lengths or test_groups_and_chunks or test_head_dims_and_subspaces or test_windows) and cuda"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
+    done = subprocess.run(
+        command, env={**os.environ, "MILLION_GPU_SHARED": str(kib)}, cwd=os.getcwd(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -106,6 +106,45 @@ def test_several_caches_on_several_streams():
     run_both([Decoding(x, 4) for x in layers], 4, 60, streams=3)
 
 
+@pytest.mark.parametrize("batch, capacity", [(1, 20_000), (8, 2_000)])
+def test_attention_right_behind_an_append(batch, capacity):
+    """Layers of one model in turn, nothing between the append of one and the attention of the next: several steps in one graph."""
+    layers = [
+        make_layer(batch=batch, heads=8, head_dim=128, past=capacity - 100, capacity=capacity, frame_tokens=256, dtype=torch.float16)
+        for _ in range(3)
+    ]  # fmt: skip
+    tokens = [[layer.new_tokens(1, 4) for layer in layers] for _ in range(4)]
+
+    def steps(layers, synchronise):
+        outs = []
+        for news in tokens:
+            for layer, (q, k, v) in zip(layers, news):
+                outs.append(ops.pq_attention(*layer.attention_args(q, k, v)))
+                synchronise()
+                ops.pq_append_(*layer.append_args(k, v, after=outs[-1]))
+                synchronise()
+            for layer in layers:
+                layer.clock[:2] += 1
+        return outs
+
+    apart = [layer.clone() for layer in layers]
+    want = steps(apart, torch.cuda.synchronize)
+    first = [layer.clone() for layer in layers]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = steps(layers, lambda: None)
+    for _ in range(5):
+        for layer, before in zip(layers, first):
+            layer.clock.copy_(before.clock)
+            for name, x in before.buffers.items():
+                layer.buffers[name].copy_(x)
+        graph.replay()
+        assert all(torch.equal(x, y) for x, y in zip(outs, want))
+        for layer, other in zip(layers, apart):
+            for name, x in other.buffers.items():
+                assert torch.equal(x.nan_to_num(7), layer.buffers[name].nan_to_num(7)), name
+
+
 def test_full_buffers_drop_writes():
     layer = make_layer(heads=2, head_dim=128, past=120, capacity=128, recent=16, dtype=torch.float16)
     run_both([Decoding(layer, 4)], 4, 20)
