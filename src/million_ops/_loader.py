@@ -4,6 +4,7 @@ Where the compiled CUDA kernels are missing and triton can be imported, `triton_
 imported by the first call. Environment:
 
 * ``MILLION_GPU=triton``: leave the compiled CUDA kernels out, so that Triton's run.
+* ``MILLION_GPU_SHARED=163``: take the compiled CUDA kernels that so many KiB of shared memory a block allow (`dispatch`, csrc/cuda/bind.cpp).
 * ``MILLION_CPU_ISA=reference``: leave the compiled CPU kernels out.
 """
 
