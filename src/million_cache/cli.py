@@ -446,8 +446,7 @@ def compare(
         from million_cache.peers.compare import compare as run_comparison
 
         _check_writable(out)
-        named = _named_codebooks([] if codebooks == ["none"] else codebooks or ())
-        books = [(f"million {name}", x) for name, x in named.items()]
+        books = _named_codebooks([] if codebooks == ["none"] else codebooks or ()).items()
         loaded, tokenizer = _load(model, device, dtype)
         run_comparison(
             loaded,

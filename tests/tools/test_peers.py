@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from million_cache import Codebooks
 from million_cache.calibration.windowed import windowed_attention
 from million_cache.evaluate import evaluate
 from million_cache.models import Rotation
 from million_cache.peers import EQUAL, PEERS, Peer, Quantised, Tokens, Window
 from million_cache.peers.base import Sample, lloyd_1d, nearest, turn
-from million_cache.peers.compare import markdown
+from million_cache.peers.compare import markdown, row_title
 from million_cache.peers.duo import far_attention
 from million_cache.peers.floats import E2M1, e2m1, nvfp4
 from million_cache.peers.harness import evaluate_peers, record
@@ -471,6 +474,29 @@ def test_compare_writes_table_json_and_picture(million, model_dir, books_dir, tm
     assert len(rows) == 6
     assert [x["bits_per_element"] for x in rows] == sorted((x["bits_per_element"] for x in rows), reverse=True)
     assert markdown(got) == table
+
+
+def test_compare_keeps_tuned_codebooks_apart(million, model_dir, books_dir, tmp_path):
+    """In rows of their own, with how they were made; every row has the versions that it was measured with."""
+    books = Codebooks.from_pretrained(books_dir)
+    tuned = tmp_path / books_dir.name  # the same name
+    made = {"tokens": 4096, "text": "texts/other.txt", "text_sha256": "0" * 64, "finetune_steps": 10}
+    replace(books, provenance=made).save_pretrained(tuned)
+    args = ("compare", "--model", model_dir, "--tokens", 512, "--context", 256, "--chunks", 1, "--peer", "none")
+    args += ("--out", tmp_path / "quality")
+    assert million(*args, "--codebooks", books_dir).exit_code == 0
+    before = json.loads((tmp_path / "quality.json").read_text())
+    before["versions"] = before["rows"][0].pop("versions") | {"torch": "2.10.0"}  # as it was until November 2026
+    (tmp_path / "quality.json").write_text(json.dumps(before))
+    result = million(*args, "--codebooks", tuned)
+    assert result.exit_code == 0, result.stderr
+    rows = {x["peer"]: x for x in json.loads((tmp_path / "quality.json").read_text())["rows"]}
+    assert set(rows) == {"million tiny-1bit", "million tiny-1bit, tuned"}
+    assert rows["million tiny-1bit"]["versions"]["torch"] == "2.10.0"
+    assert rows["million tiny-1bit, tuned"]["versions"]["torch"] == torch.__version__
+    assert "- million tiny-1bit, tuned: 4096 tokens of `other.txt`, 10 steps" in (tmp_path / "quality.md").read_text()
+    mixed = SimpleNamespace(config=replace(books.config, allocation=[(4, 8)]), provenance=made)
+    assert row_title("2bit", mixed) == "million 2bit, bits by layer, tuned"
 
 
 def test_compare_refuses_what_it_does_not_know(million, model_dir, tmp_path):

@@ -53,7 +53,7 @@ def compare(
         name: of the model.
         peers: keys of `PEERS`.
         windows: ``equal`` (4 sinks, 128 recent tokens: our presets' own) and ``own`` (the peer's paper's).
-        codebooks: names and codebooks of this model to score; None: calibrate every preset on the same tokens.
+        codebooks: names and codebooks of this model to score, see `row_title`; None: calibrate every preset on the same tokens.
         tokens: of calibration, in whole contexts, for peers and presets.
         context, chunks: tokens of a context, contexts to score.
         say: where a line goes after every row; None: standard error.
@@ -82,18 +82,15 @@ def compare(
         "device": model.device.type,
     }
     rows = _kept(out, result)
-    result |= {
-        "text": evaluation[0],
-        "calibration_text": calibration[0],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "rows": rows,
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
+    result |= {"text": evaluation[0], "calibration_text": calibration[0], "rows": rows}
 
     def done(row: Row) -> None:
+        row["versions"] = versions
         rows[:] = [x for x in rows if (x["peer"], x["window"]) != (row["peer"], row["window"])] + [row]
         rows.sort(key=lambda x: (-x["bits_per_element"], x["peer"], x["window"]))
         write(result, out)
@@ -118,10 +115,21 @@ def compare(
         found = calibrate_text(model, tokenizer, calibration[1], calibration[0], presets, tokens, context)
         for books in found:
             books.provenance |= {"model": name, **origin(name)}
-        codebooks = zip((f"million {p}" for p in PRESETS), found)
-    for title, books in codebooks:
-        done({"peer": title, **_ours(evaluate(model, books, test), books)})
+        codebooks = zip(PRESETS, found)
+    for given, books in codebooks:
+        done({"peer": row_title(given, books), **_ours(evaluate(model, books, test), books)})
     return result
+
+
+def row_title(name: str, books: Codebooks) -> str:
+    """What a row of ours is called: its codebooks' name, and what was done beyond k-means with one width for all layers."""
+    beyond = {"bits by layer": books.config.allocation, "tuned": _steps(books.provenance)}
+    return ", ".join([f"million {name}", *(x for x, was_done in beyond.items() if was_done)])
+
+
+def _steps(calibration: dict[str, Any]) -> int:
+    """Of fine-tuning, by the provenance of codebooks."""
+    return calibration.get("finetune_steps", 0)
 
 
 def sha256(text: str) -> str:
@@ -136,8 +144,10 @@ def _kept(out: Path, settings: dict[str, Any]) -> list[Row]:
         return []
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        same = all(before.get(k) == v for k, v in settings.items())
-        return list(before["rows"]) if same else []
+        if any(before.get(k) != v for k, v in settings.items()):
+            return []
+        # Until November 2026 versions were kept once a file.
+        return [{"versions": before.get("versions"), **row} for row in before["rows"]]
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not the result of an earlier comparison; remove it or choose another name") from error  # fmt: skip
 
@@ -211,7 +221,22 @@ def markdown(result: dict[str, Any]) -> str:
             + (f"{own['kl']:.5f} | {own['bits_per_element_total']:.2f} | " if own else "| | ")
             + f"{any_['codebook_bytes'] / 1e6:.2f} |"
         )
+    if notes := _notes(result):
+        lines += ["", "Codebooks from other text or with steps of gradient descent:", "", *notes]
     return "\n".join(lines) + "\n"
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    """Of each of our rows that was not calibrated as the heading says: how it was."""
+    found = {}
+    for row in result["rows"]:
+        made = row.get("calibration") or {}
+        text, tokens, steps = made.get("text"), made.get("tokens"), _steps(made)
+        other_text = made.get("text_sha256") != result["calibration_text_sha256"]
+        if row["paper"] == "this package" and (other_text or steps or tokens != result["calibration_tokens"]):
+            tuned = f", {steps} steps" if steps else ""
+            found[row["peer"]] = f"- {row['peer']}: {tokens} tokens of `{Path(text or 'unknown text').name}`{tuned}"
+    return list(found.values())
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -223,17 +248,20 @@ def plot(result: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     rows = [x for x in result["rows"] if x["window"] == "equal" and x["kl"] > 0]
-    ours = sorted((x["bits_per_element"], x["kl"]) for x in rows if x["paper"] == "this package")
+    ours: dict[bool, list[tuple[float, float]]] = {}
     families: dict[str, list[tuple[float, float]]] = {}
     for x in rows:
         if x["paper"] != "this package":
             family = x["peer"].rstrip("0123456789cb").rstrip("-") if x["peer"] not in ("fp8", "nvfp4") else x["peer"]
             families.setdefault(family, []).append((x["bits_per_element"], x["kl"]))
             axis.annotate(x["peer"], (x["bits_per_element"], x["kl"]), fontsize=7, xytext=(4, 3), textcoords="offset points")  # fmt: skip
+        else:
+            ours.setdefault(_steps(x["calibration"]) > 0, []).append((x["bits_per_element"], x["kl"]))
     for family, points in families.items():
         axis.plot(*zip(*sorted(points)), "o:", label=family, markersize=5, linewidth=0.8)
-    if ours:
-        axis.plot(*zip(*ours), "k*-", label="million (this package)", markersize=12, linewidth=2)
+    for tuned, points in sorted(ours.items()):
+        label = "million (this package)" + (", tuned" if tuned else "")
+        axis.plot(*zip(*sorted(points)), "r*-" if tuned else "k*-", label=label, markersize=12, linewidth=2)
     axis.set(
         yscale="log",
         xlabel="bits an element (codes + scales + outliers)",
