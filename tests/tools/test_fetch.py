@@ -8,11 +8,21 @@ import subprocess
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from million_cache import loading
-from million_cache.loading import GEMMA3, KNOWN_MODELS, SMOLLM2, UserError, cache_dir, fetch, origin
+from million_cache.loading import (
+    GEMMA3,
+    KNOWN_MODELS,
+    SMOLLM2,
+    UserError,
+    cache_dir,
+    check_gguf_tokenizer,
+    fetch,
+    origin,
+)
 
 CONTENT = b"GGUF, as far as this test is concerned"
 SMALL = replace(SMOLLM2, size=len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest())
@@ -161,3 +171,38 @@ def test_where_the_cache_is(monkeypatch, variables, want):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert cache_dir() == Path(want)
+
+
+class Tokenizer:
+    """Gives these ids for everything; ``pieces`` are the vocabulary, in the order of the ids."""
+
+    def __init__(self, ids: list[int], pieces: str) -> None:
+        self.ids, self.pieces = ids, pieces.split()
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=self.ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {piece: i for i, piece in enumerate(self.pieces)}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.pieces[i] if i < len(self.pieces) else f"piece {i}" for i in ids]
+
+
+@pytest.mark.parametrize(
+    ("name", "ids", "right"),
+    [
+        ("gemma3-270m", [2, 902, 506, 6534], True),
+        ("gemma3-270m", [902, 506, 6534], False),  # transformers 5.19: no first token
+        ("some.gguf", [0, 1, 2], True),
+        ("some.gguf", [0, 3, 4, 5, 6], False),  # transformers 5.17: no merges
+        ("some.gguf", [0, 1, 5, 6], True),  # a vocabulary without the word
+    ],
+)
+def test_a_tokenizer_read_wrongly_is_refused(name, ids, right):
+    pieces = "In ▁the ▁beginning ▁t he ▁begin ning" if ids != [0, 1, 5, 6] else "In ▁the x ▁t he ▁begin ning"
+    if right:
+        check_gguf_tokenizer(Tokenizer(ids, pieces), name)
+    else:
+        with pytest.raises(UserError, match=r"transformers 5.* reads the tokenizer .* wrongly.*pip install -U"):
+            check_gguf_tokenizer(Tokenizer(ids, pieces), name)
