@@ -61,29 +61,28 @@ def poor_heads(codebooks: Codebooks) -> list[tuple[int, str, int, float, float]]
 
 
 def layer_table(codebooks: Codebooks) -> Table:
-    """One row a layer: energy, distortion and their ratio for keys and values, means over heads and subspaces."""
+    """Two rows a layer, keys and values: energy, distortion and their ratio, means over heads and subspaces, and the worst head."""
     from rich.table import Table
 
-    table = Table(title="Mean over heads and subspaces (distortion / energy: 0 is lossless, 1 is one centroid)")
+    table = Table(title="Mean over heads and subspaces\n(distortion / energy: 0 is lossless, 1 is one centroid)")
     table.add_column("layer", justify="right")
-    for name in ("keys", "values"):
-        for column in ("energy", "distortion", "ratio", "worst head", "worst ratio"):
-            table.add_column(f"{name}\n{column}", justify="right")
-    parts = [stacked(codebooks, kind) for kind in KINDS]
+    table.add_column("")
+    for column in ("energy", "distortion", "ratio", "worst head", "its ratio"):
+        table.add_column(column, justify="right")
+    parts = [(name, *stacked(codebooks, kind)) for name, kind in zip(("keys", "values"), KINDS)]
     for row, layer in enumerate(sorted(codebooks.report)):
-        cells = [str(layer)]
-        for energy, distortion in parts:
+        for name, energy, distortion in parts:
             e, d = energy[row].nanmean(-1), distortion[row].nanmean(-1)
             ratio = d / e.clamp(min=1e-30)
             worst = int(ratio.argmax())
-            cells += [
+            cells = (
                 f"{e.mean():.4g}",
                 f"{d.mean():.4g}",
                 f"{d.mean() / e.mean():.4f}",
                 str(worst),
                 f"{ratio[worst]:.4f}",
-            ]
-        table.add_row(*cells)
+            )
+            table.add_row(str(layer) if name == "keys" else "", name, *cells)
     return table
 
 
@@ -106,7 +105,7 @@ def subspace_table(codebooks: Codebooks, layer: int) -> Table:
     table.add_column("subspace", justify="right")
     for name in ("keys", "values"):
         for head in range(heads):
-            table.add_column(f"{name}\nhead {head}", justify="right")
+            table.add_column(f"{name}\nhead {head}", justify="right", overflow="fold")
     for m in range(max(report.k_energy.shape[1], report.v_energy.shape[1])):
         cells = [str(m)]
         for kind in KINDS:

@@ -362,11 +362,14 @@ def test_an_interrupted_write_keeps_the_old_result(million, model_dir, books_dir
 # -- inspect ---------------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_shows_a_row_a_layer(million, books_dir):
+def test_inspect_shows_keys_and_values_of_every_layer(million, books_dir):
+    """Whole, in the 80 columns of a terminal."""
     result = million("inspect", books_dir)
     assert result.exit_code == 0, result.stderr
-    assert "energy" in result.stdout
-    assert "distortion" in result.stdout
+    assert "energy" in result.stdout and "distortion" in result.stdout and "…" not in result.stdout
+    rows = [x.strip("│ ").split("│") for x in result.stdout.splitlines() if "keys" in x or "values" in x]
+    assert len(rows) == 2 * len(Codebooks.from_pretrained(books_dir).layers)
+    assert all(0 < float(row[-1]) < 1 for row in rows)
 
 
 def test_inspect_shows_one_layer_by_subspace(million, books_dir):
