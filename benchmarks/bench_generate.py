@@ -17,7 +17,8 @@ stand by themselves and are compared with baselines of the same weights.
 One line a case is printed at once; ``--save`` merges each result into ``results/generate.json`` when it is there and rewrites
 the table and the plot beside it. A case that does not fit, whose package is missing or that fails is recorded as that.
 With ``--layers`` fewer layers are measured and times and bytes are **extrapolated** to the whole model: what is in every layer
-is multiplied, embedding and vocabulary projection are measured apart. Such rows are marked with ``~``.
+is multiplied, embedding and vocabulary projection are measured apart. Such rows are marked with ``~``. Steps of caches that grow
+are not extrapolated.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.conftest import RESULTS, machine
+from benchmarks.conftest import RESULTS, machine, machine_label
 from benchmarks.generation import (
     KINDS,
     SHAPES,
@@ -47,6 +48,7 @@ from benchmarks.generation import (
     compiling,
     decode_step,
     device_bytes,
+    extrapolated,
     fill,
     free_memory,
     head_seconds,
@@ -134,7 +136,7 @@ def decode(case: Case, model, timer: Callable, backend: str) -> dict:
         step = decode_step(model, case.kind, cache, case.batch, backend)
         compiled = time.perf_counter()
         seconds = timer(step, case.device)
-        whole = head + (seconds - head) * factor
+        whole = extrapolated(seconds, head, factor)
         return {
             "ms": whole * 1e3, "tokens_per_s": case.batch / whole, "peak_gb": case.whole_peak_gb(), "ms_measured": seconds * 1e3,
             "fill_s": filled - begin, "compile_s": compiled - filled,
@@ -244,7 +246,7 @@ class Results:
 
     def add(self, entry: dict) -> None:
         here = machine()
-        label = f"{here['gpu'] or here['cpu']}, torch {here['torch']}, {here['date']}"
+        label = machine_label(here)
         self.machines[label] = here
         merged = dict(self.cases.get(self.key(entry), {}))
         for name, value in entry.items():
@@ -452,7 +454,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=RESULTS, help="directory for --save; a new one starts from benchmarks/results")
     add("--device", choices=["cuda", "cpu"], default="cuda" if gpu else "cpu")
     add("--backend", help="of torch.compile; inductor, on a CPU aot_eager")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.layers and not options.no_decode and (grows := [x for x in options.caches if KINDS[x].grows]):
+        parser.error(
+            f"--layers: {', '.join(grows)} cannot be extrapolated: for each new length cuDNN makes a plan, tens of milliseconds "
+            "a step however many layers there are; leave --layers out"
+        )
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -113,6 +113,11 @@ def machine() -> dict:
     }
 
 
+def machine_label(here: dict) -> str:
+    """What results call a `machine`."""
+    return f"{here['gpu'] or here['cpu']}, torch {here['torch']}, {here['date']}"
+
+
 def pytest_sessionfinish(session):
     if not session.config.getoption("--save-results", False):
         return

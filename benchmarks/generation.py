@@ -402,6 +402,15 @@ def head_seconds(model: LlamaForCausalLM, batch: int, device: str) -> float:
     return mean_seconds(replayed(head) if device == "cuda" else head, device)
 
 
+def extrapolated(seconds: float, head: float, factor: float) -> float:
+    """Seconds of a step of ``factor`` times the layers, ``head`` of which are not a layer's. Raises RuntimeError if that is all of it."""
+    if head >= seconds:
+        raise RuntimeError(
+            f"a step took {seconds * 1e3:.3g} ms, its head alone {head * 1e3:.3g}: too noisy to extrapolate"
+        )
+    return head + (seconds - head) * factor
+
+
 @torch.no_grad()
 def prefill_seconds(model: LlamaForCausalLM, make_cache: Callable[[], Cache], tokens: int, batch: int, repeats: int) -> float:  # fmt: skip
     """Time to the first token, seconds: an eager prefill (as `generate` runs it) into an empty cache and the choice of the

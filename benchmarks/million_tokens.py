@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench_generate import default_backend
-from benchmarks.conftest import RESULTS, machine
+from benchmarks.conftest import RESULTS, machine, machine_label
 from benchmarks.generation import (
     KINDS,
     SHAPES,
@@ -31,6 +31,7 @@ from benchmarks.generation import (
     build_model,
     decode_step,
     device_bytes,
+    extrapolated,
     fill,
     free_memory,
     head_seconds,
@@ -82,7 +83,7 @@ def decode_at(shape: str, preset: str, tokens: int, layers: int | None, device: 
     peak = peak_bytes(device)
     return {
         "model": shape, "preset": preset, "tokens": tokens, "layers": config.num_hidden_layers,
-        "ms": (head + (seconds - head) * factor) * 1e3, "ms_measured": seconds * 1e3,
+        "ms": extrapolated(seconds, head, factor) * 1e3, "ms_measured": seconds * 1e3,
         "weights_gb": sum(x.nbytes for x in model.parameters()) / 1e9, "codebooks_gb": cache.codebook_bytes / 1e9,
         "cache_gb": cache.cache_bytes / 1e9, "peak_gb": None if peak is None else peak / 1e9,
         "dense_cache_gb": KINDS["static"].cache_bytes(config, tokens, 1, DTYPE, device) / 1e9,
@@ -155,7 +156,7 @@ def longest_context(
         dense = KINDS["static"].cache_bytes(config, 1, 1, DTYPE, device)
         results.append({
             "model": shape, "preset": preset, "limit_gb": limit, "layers": config.num_hidden_layers, "measured": measured,
-            "gpu": torch.cuda.get_device_name() if model is not None and device == "cuda" else None, "status": "ok",
+            "status": "ok",
             "tokens": tokens, "cache_gb": cache_bytes(tokens) / 1e9 if tokens else 0.0, "workspace_gb": workspace / 1e9,
             "dense_tokens": max(0, int(limit * 1e9 - weights) // dense),
         })  # fmt: skip
@@ -180,13 +181,16 @@ def save(directory: Path, section: str, key: tuple[str, ...], results: list[dict
     path = directory / f"{NAME}.json"
     source = path if path.exists() else RESULTS / f"{NAME}.json"
     stored = json.loads(source.read_text()) if source.exists() else {}
+    here = machine()
+    label = machine_label(here)
     known = {tuple(x[name] for name in key): x for x in stored.get(section, [])}
     for x in results:
         old = known.get(tuple(x[name] for name in key), {})
         if x.get("measured", True) or not old.get("measured", False):
-            known[tuple(x[name] for name in key)] = x
+            known[tuple(x[name] for name in key)] = x | {"machine": label}
+    machines = stored.get("machines", {}) | {label: here}
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(stored | {"machine": machine(), section: list(known.values())}, indent=1) + "\n")
+    path.write_text(json.dumps(stored | {"machines": machines, section: list(known.values())}, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
