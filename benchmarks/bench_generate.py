@@ -457,8 +457,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.layers and not options.no_decode and (grows := [x for x in options.caches if KINDS[x].grows]):
         parser.error(
-            f"--layers: {', '.join(grows)} cannot be extrapolated: for each new length cuDNN makes a plan, tens of milliseconds "
-            "a step however many layers there are; leave --layers out"
+            f"--layers: {', '.join(grows)} cannot be extrapolated: each new length costs tens of milliseconds a step however "
+            "many layers there are (presumably cuDNN's plan for it); leave --layers out"
         )
     return options
 
