@@ -415,7 +415,7 @@ class MillionStaticCache(StaticCache):
         max_cache_len: tokens a row can hold.
         batch_size, device, dtype: allocate now instead of at the first forward; needed before a forward that is itself
             compiled. ``device`` defaults to the CPU, ``dtype`` to the config's.
-        recent_tokens, sink_tokens: override the codebooks' `PQConfig`.
+        recent_tokens, sink_tokens: override the codebooks' `PQConfig`; fewer than they were trained for bring a warning.
         first_position: position of a row's first valid token; not 0 only when ``position_ids`` are shifted.
 
     Raises:
@@ -440,7 +440,15 @@ class MillionStaticCache(StaticCache):
         if differences:
             raise ValueError("these codebooks were calibrated for another model: " + "; ".join(differences))
         # PQConfig checks the values
-        pq = PQConfig(**{**codebooks.config.to_dict(), **_given(recent_tokens=recent_tokens, sink_tokens=sink_tokens)})
+        trained = codebooks.config
+        pq = PQConfig(**{**trained.to_dict(), **_given(recent_tokens=recent_tokens, sink_tokens=sink_tokens)})
+        if pq.recent_tokens < trained.recent_tokens or pq.sink_tokens < trained.sink_tokens:
+            warnings.warn(
+                f"these codebooks were trained for the last {trained.recent_tokens} and the first {trained.sink_tokens} tokens exact; "
+                f"with {pq.recent_tokens} and {pq.sink_tokens} they lose quality, tuned ones and those with bits by layer most of it: "
+                "calibrate for the window that you use",
+                stacklevel=2,
+            )
         super().__init__(config=config, max_cache_len=max_cache_len)
         state = CacheState(text, codebooks, pq.recent_tokens, pq.sink_tokens, first_position)
         if model is not None:

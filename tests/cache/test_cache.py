@@ -104,6 +104,7 @@ def test_any_history_equals_the_dense_model(model, books, ids, history):
         disable(model)
 
 
+@pytest.mark.filterwarnings("ignore:these codebooks were trained for the last")
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 31, 32, 33, 63])
 @pytest.mark.parametrize("recent", [0, 1, 4, 64])
 def test_a_chunk_equals_single_steps(enabled, books, ids, n, recent):

@@ -71,6 +71,7 @@ def two_turns(model, ids, cache, mask=None, third=4):
     return torch.cat(results[1:], 1)
 
 
+@pytest.mark.filterwarnings("ignore:these codebooks were trained for the last")
 @pytest.mark.parametrize("recent", [0, 1, 8, 64])
 @pytest.mark.parametrize("sinks", [0, 2, 50])
 def test_lossless_codes_give_the_dense_model(model, ids, device, everywhere, recent, sinks):

@@ -49,7 +49,9 @@ def test_lossless_codes_lose_nothing(model, books, parts):
     lossless = lossless_codebooks(model, [recording], config)
     result = evaluate(model, lossless, parts[:1])
     assert abs(result["kl"]) < 1e-4  # centroids are fp16
-    assert result["kl"] < evaluate(model, books, parts[:1], recent_tokens=0, sink_tokens=0)["kl"] / 100
+    with pytest.warns(UserWarning, match="trained for the last 8 and the first 2 tokens exact; with 0 and 0 they lose"):
+        without = evaluate(model, books, parts[:1], recent_tokens=0, sink_tokens=0)
+    assert result["kl"] < without["kl"] / 100
 
 
 def test_dense_perplexity_is_the_plain_loss(model, parts, scored):
