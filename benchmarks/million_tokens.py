@@ -186,11 +186,16 @@ def save(directory: Path, section: str, key: tuple[str, ...], results: list[dict
     known = {tuple(x[name] for name in key): x for x in stored.get(section, [])}
     for x in results:
         old = known.get(tuple(x[name] for name in key), {})
-        if x.get("measured", True) or not old.get("measured", False):
+        # Nor does arithmetic replace arithmetic with a measured workspace.
+        if x.get("measured", True) or not (
+            old.get("measured", False) or old.get("workspace_gb", 0) > x["workspace_gb"]
+        ):
             known[tuple(x[name] for name in key)] = x | {"machine": label}
-    machines = stored.get("machines", {}) | {label: here}
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(stored | {"machines": machines, section: list(known.values())}, indent=1) + "\n")
+    rows = {name: stored.get(name, []) for name in ("longest", "decode")} | {section: list(known.values())}
+    machines = stored.get("machines", {}) | {label: here}
+    used = {x["machine"] for section_rows in rows.values() for x in section_rows}
+    path.write_text(json.dumps({"machines": {x: machines[x] for x in sorted(used)}, **rows}, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

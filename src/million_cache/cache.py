@@ -445,8 +445,8 @@ class MillionStaticCache(StaticCache):
         if pq.recent_tokens < trained.recent_tokens or pq.sink_tokens < trained.sink_tokens:
             warnings.warn(
                 f"these codebooks were trained for the last {trained.recent_tokens} and the first {trained.sink_tokens} tokens exact; "
-                f"with {pq.recent_tokens} and {pq.sink_tokens} they lose quality, tuned ones and those with bits by layer most of it: "
-                "calibrate for the window that you use",
+                f"with {pq.recent_tokens} and {pq.sink_tokens} they lose quality, at 3 bits and fewer sometimes most of it: calibrate for "
+                "the window that you use",
                 stacklevel=2,
             )
         super().__init__(config=config, max_cache_len=max_cache_len)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -35,7 +36,9 @@ def test_coarse_codes_cost_something(scored):
 
 
 def test_a_window_as_long_as_the_context_loses_nothing(model, books, parts):
-    result = evaluate(model, books, parts, recent_tokens=CONTEXT)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "these codebooks were trained for")  # not of a larger window, nor their own
+        result = evaluate(model, books, parts, recent_tokens=CONTEXT)
     assert abs(result["kl"]) < 1e-6
     assert result["top1"] == 1
     assert math.isclose(result["perplexity"], result["perplexity_dense"], rel_tol=1e-5)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import transformers
 
 from million_cache import loading
 from million_cache.loading import (
@@ -19,8 +20,8 @@ from million_cache.loading import (
     SMOLLM2,
     UserError,
     cache_dir,
-    check_gguf_tokenizer,
     fetch,
+    load_model,
     origin,
 )
 
@@ -190,19 +191,27 @@ class Tokenizer:
 
 
 @pytest.mark.parametrize(
-    ("name", "ids", "right"),
+    ("file", "ids", "right"),
     [
-        ("gemma3-270m", [2, 902, 506, 6534], True),
-        ("gemma3-270m", [902, 506, 6534], False),  # transformers 5.19: no first token
+        (GEMMA3.file, [2, 902, 506, 6534], True),
+        (GEMMA3.file, [902, 506, 6534], False),  # transformers 5.19: no first token
         ("some.gguf", [0, 1, 2], True),
         ("some.gguf", [0, 3, 4, 5, 6], False),  # transformers 5.17: no merges
         ("some.gguf", [0, 1, 5, 6], True),  # a vocabulary without the word
     ],
 )
-def test_a_tokenizer_read_wrongly_is_refused(name, ids, right):
+def test_a_tokenizer_read_wrongly_is_noticed(file, ids, right, monkeypatch, tmp_path, recwarn):
+    """By `load_model`, before it loads the model."""
     pieces = "In ▁the ▁beginning ▁t he ▁begin ning" if ids != [0, 1, 5, 6] else "In ▁the x ▁t he ▁begin ning"
-    if right:
-        check_gguf_tokenizer(Tokenizer(ids, pieces), name)
-    else:
-        with pytest.raises(UserError, match=r"transformers 5.* reads the tokenizer .* wrongly.*pip install -U"):
-            check_gguf_tokenizer(Tokenizer(ids, pieces), name)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **kw: Tokenizer(ids, pieces))
+
+    def no_model(*args, **kw):
+        raise OSError("it is a test")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", no_model)
+    (tmp_path / file).touch()
+    refused = file == GEMMA3.file and not right
+    with pytest.raises(UserError, match="which is wrong.*pip install -U" if refused else "it is a test"):
+        load_model(str(tmp_path / file))
+    noticed = [x for x in recwarn if "would be one token: perhaps wrong" in str(x.message)]
+    assert len(noticed) == (not right and not refused)

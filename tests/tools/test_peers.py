@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -495,8 +494,34 @@ def test_compare_keeps_tuned_codebooks_apart(million, model_dir, books_dir, tmp_
     assert rows["million tiny-1bit"]["versions"]["torch"] == "2.10.0"
     assert rows["million tiny-1bit, tuned"]["versions"]["torch"] == torch.__version__
     assert "- million tiny-1bit, tuned: 4096 tokens of `other.txt`, 10 steps" in (tmp_path / "quality.md").read_text()
-    mixed = SimpleNamespace(config=replace(books.config, allocation=[(4, 8)]), provenance=made)
-    assert row_title("2bit", mixed) == "million 2bit, bits by layer, tuned"
+    mixed = replace(books.config, allocation=[(4, 8)]).to_dict()
+    assert row_title("2bit", mixed, made) == "million 2bit, bits by layer, tuned"
+
+
+def test_compare_reads_its_own_older_files(million, model_dir, books_dir, tmp_path):
+    """A tuned row of before, without that in its name, is replaced and not doubled; sources of a mix keep their names; the plot
+    takes tuned rows, and several of one width."""
+    books = Codebooks.from_pretrained(books_dir)
+    made = {"tokens": 4096, "text": "/a/one.txt + dataset:org/name", "text_sha256": "0" * 64, "finetune_steps": 10}
+    window = {"sink_tokens": 4, "recent_tokens": 128}  # the one that is drawn
+    for name in ("1bit", "other"):
+        config = replace(books.config, **window)
+        replace(books, provenance=made, config=config).save_pretrained(tmp_path / name)
+    args = ("compare", "--model", model_dir, "--tokens", 512, "--context", 256, "--chunks", 1, "--peer", "none")
+    args += ("--out", tmp_path / "quality", "--codebooks", tmp_path / "1bit", "--codebooks", tmp_path / "other")
+    assert million(*args).exit_code == 0
+    before = json.loads((tmp_path / "quality.json").read_text())
+    for row in before["rows"]:
+        row["peer"] = row["peer"].removesuffix(", tuned")
+    (tmp_path / "quality.json").write_text(json.dumps(before))
+    assert million(*args).exit_code == 0
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert [x["peer"] for x in rows] == ["million 1bit, tuned", "million other, tuned"]
+    assert all(x["window"] == "equal" and x["kl"] > 0 for x in rows)
+    assert "4096 tokens of `one.txt + dataset:org/name`, 10 steps" in (tmp_path / "quality.md").read_text()
+    (tmp_path / "quality.json").write_text(json.dumps(before | {"rows": ["text"]}))
+    result = million(*args)
+    assert result.exit_code == 1 and "is not the result of an earlier comparison" in result.stderr
 
 
 def test_compare_refuses_what_it_does_not_know(million, model_dir, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,6 +125,14 @@ def _loaded_or(
     scalars = {"rope_interleaved": books.rope_interleaved, "frame_tokens": books.frame_tokens}
     saved.save(name, books.tensors | vars(report), generator, **scalars)
     return books, report
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the time that the block takes to ``seconds[phase]``."""
+    begin = time.perf_counter()
+    yield
+    seconds[phase] = round(seconds.get(phase, 0.0) + time.perf_counter() - begin, 2)
 
 
 @contextmanager
@@ -281,27 +290,31 @@ def calibrate_all(
             sensitivity_contexts=len(chosen), allocate=allocate, finetune_steps=finetune_steps,
         )  # fmt: skip
         saved = Checkpoint(resume_dir, settings)
+    shared: dict[str, float] = {}
     with _progress(progress) as bar:
         samples: dict[int, LayerSample] = {}
         positions = torch.empty(0)
         names = [f"layer-{n}-{m}-{i}" for n, tried in enumerate(parts) for m in range(len(tried)) for i in rotations]
         if not all(saved.load(name) for name in names):
             task = bar.add_task("Reading text", total=len(sequences))
-            samples, rows_of = collect(
-                model, sequences, config.sink_tokens, generator, lambda: bar.advance(task), saved
-            )
+            with _timed(shared, "reading"):
+                samples, rows_of = collect(
+                    model, sequences, config.sink_tokens, generator, lambda: bar.advance(task), saved
+                )
             positions = torch.cat(rows_of)
             if chosen:
                 task = bar.add_task("Measuring sensitivity", total=len(chosen))
-                found = measure_sensitivity(
-                    model, sequences, rows_of, chosen, config.recent_tokens, config.sink_tokens, generator,
-                    lambda: bar.advance(task), saved,
-                )  # fmt: skip
+                with _timed(shared, "sensitivity"):
+                    found = measure_sensitivity(
+                        model, sequences, rows_of, chosen, config.recent_tokens, config.sink_tokens, generator,
+                        lambda: bar.advance(task), saved,
+                    )  # fmt: skip
                 for i, sensitivity in found.items():
                     samples[i].sensitivity = sensitivity
                 found.clear()
         state, trained = generator.get_state(), []
         for n, (config, tried) in enumerate(zip(configs, parts)):
+            seconds = dict(shared)
             title = "Training codebooks" + (f", {config.bits_per_element:g} bit" if len(configs) > 1 else "")
             task = bar.add_task(title, total=len(tried) * len(rotations))
             books: list[dict[int, LayerCodebooks]] = []
@@ -315,7 +328,8 @@ def calibrate_all(
                         train_layer, samples.get(i) if not last else samples.pop(i, None), positions, rotations[i], one,
                         iterations=iterations, generator=generator, device=device, name=f"layer {i}",
                     )  # fmt: skip
-                    layers[i], report[i] = _loaded_or(train, saved, f"layer-{n}-{m}-{i}", generator)
+                    with _timed(seconds, "k-means"):
+                        layers[i], report[i] = _loaded_or(train, saved, f"layer-{n}-{m}-{i}", generator)
                     bar.advance(task)
                 books.append(layers)
                 reports.append(report)
@@ -324,10 +338,11 @@ def calibrate_all(
                         saved.drop(prefix)
             if len(tried) > 1:
                 task = bar.add_task("Allocating bits", total=len(judges))
-                costs = measure_costs(
-                    model, judges, dict(zip(SUBSPACE_DIMS, books)), config.recent_tokens,
-                    config.sink_tokens, generator, partial(bar.advance, task), saved, f"allocation-{n}",
-                )  # fmt: skip
+                with _timed(seconds, "allocation"):
+                    costs = measure_costs(
+                        model, judges, dict(zip(SUBSPACE_DIMS, books)), config.recent_tokens,
+                        config.sink_tokens, generator, partial(bar.advance, task), saved, f"allocation-{n}",
+                    )  # fmt: skip
                 config, layers, report = _put_together(costs, config, books, reports)
             tuned = {}
             if finetune_steps:
@@ -337,13 +352,14 @@ def calibrate_all(
                 def show(kl: float, task=task, title=title) -> None:
                     bar.update(task, advance=1, description=f"{title}, held-out KL {kl:.4f}")
 
-                found = finetune(
-                    model, text, layers, config.recent_tokens, config.sink_tokens, finetune_steps, generator, advance=show,
-                    saved=saved, name=f"tuning-{n}",
-                )  # fmt: skip
+                with _timed(seconds, "fine-tuning"):
+                    found = finetune(
+                        model, text, layers, config.recent_tokens, config.sink_tokens, finetune_steps, generator, advance=show,
+                        saved=saved, name=f"tuning-{n}",
+                    )  # fmt: skip
                 layers = found.layers
                 tuned = {"finetune_held_out_kl": [found.before, found.after], "finetune_best_step": found.step}
-            trained.append((config, layers, report, tuned))
+            trained.append((config, layers, report, {"seconds": seconds, **tuned}))
 
     used = torch.cat(text)
     provenance = {
@@ -363,4 +379,4 @@ def calibrate_all(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     whose = fingerprint(model, rotations)
-    return [Codebooks(config, whose, layers, provenance | tuned, report) for config, layers, report, tuned in trained]
+    return [Codebooks(config, whose, layers, provenance | own, report) for config, layers, report, own in trained]

@@ -25,6 +25,7 @@ from million_cache.peers.harness import evaluate_peers, record
 from million_cache.programs import calibrate_text
 
 WINDOWS = ("equal", "own")
+OURS = "this package"  # in the column "paper"
 Row = dict[str, Any]
 Text = tuple[str, str]  # its name and itself
 
@@ -117,13 +118,19 @@ def compare(
             books.provenance |= {"model": name, **origin(name)}
         codebooks = zip(PRESETS, found)
     for given, books in codebooks:
-        done({"peer": row_title(given, books), **_ours(evaluate(model, books, test), books)})
+        title = row_title(given, books.config.to_dict(), books.provenance)
+        done({"peer": title, **_ours(evaluate(model, books, test), books)})
     return result
 
 
-def row_title(name: str, books: Codebooks) -> str:
-    """What a row of ours is called: its codebooks' name, and what was done beyond k-means with one width for all layers."""
-    beyond = {"bits by layer": books.config.allocation, "tuned": _steps(books.provenance)}
+def row_title(name: str, config: dict[str, Any], calibration: dict[str, Any]) -> str:
+    """What a row of ours is called: its codebooks' name, and what was done beyond k-means with one width for all layers.
+
+    Args:
+        name: of the codebooks.
+        config, calibration: their `PQConfig` and provenance, as JSON has them.
+    """
+    beyond = {"bits by layer": config.get("allocation"), "tuned": _steps(calibration)}
     return ", ".join([f"million {name}", *(x for x, was_done in beyond.items() if was_done)])
 
 
@@ -146,9 +153,13 @@ def _kept(out: Path, settings: dict[str, Any]) -> list[Row]:
         before = json.loads(path.read_text(encoding="utf-8"))
         if any(before.get(k) != v for k, v in settings.items()):
             return []
-        # Until November 2026 versions were kept once a file.
-        return [{"versions": before.get("versions"), **row} for row in before["rows"]]
-    except (ValueError, KeyError, AttributeError) as error:
+        # Until November 2026 versions were kept once a file, and rows of ours had nothing in their names of how they were made.
+        rows = [{"versions": before.get("versions"), **row} for row in before["rows"]]
+        for row in rows:
+            if row["paper"] == OURS and row["peer"].count(",") == 0:
+                row["peer"] = row_title(row["peer"].removeprefix("million "), row["config"], row["calibration"])
+        return rows
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is not the result of an earlier comparison; remove it or choose another name") from error  # fmt: skip
 
 
@@ -157,7 +168,7 @@ def _ours(result: dict[str, Any], books: Codebooks) -> Row:
     same = ("kl", "top1", "perplexity", "perplexity_dense", "kl_by_context", "codebook_bytes", "seconds", "sink_tokens", "recent_tokens")  # fmt: skip
     window = (result["sink_tokens"], result["recent_tokens"])
     return {
-        "paper": "this package",
+        "paper": OURS,
         "window": "equal" if window == (EQUAL.sinks, EQUAL.recent) else "own",
         **{k: result[k] for k in same},
         "k_block": 0,
@@ -214,7 +225,7 @@ def markdown(result: dict[str, Any]) -> str:
         equal, own = rows["equal"].get(name), rows["own"].get(name)
         any_ = equal or own
         parts = " + ".join(f"{any_[f'bits_{x}']:.2f}" for x in ("codes", "scales", "outliers"))
-        title = f"**{name}**" if any_["paper"] == "this package" else name
+        title = f"**{name}**" if any_["paper"] == OURS else name
         lines.append(
             f"| {title} | {any_['bits_per_element']:.2f} | {parts} | "
             + (f"{equal['kl']:.5f} | {equal['top1']:.4f} | {equal['perplexity']:.3f} | " if equal else "| | | ")
@@ -230,12 +241,15 @@ def _notes(result: dict[str, Any]) -> list[str]:
     """Of each of our rows that was not calibrated as the heading says: how it was."""
     found = {}
     for row in result["rows"]:
-        made = row.get("calibration") or {}
-        text, tokens, steps = made.get("text"), made.get("tokens"), _steps(made)
+        if row["paper"] != OURS:
+            continue
+        made = row["calibration"]
+        tokens, steps = made.get("tokens"), _steps(made)
         other_text = made.get("text_sha256") != result["calibration_text_sha256"]
-        if row["paper"] == "this package" and (other_text or steps or tokens != result["calibration_tokens"]):
-            tuned = f", {steps} steps" if steps else ""
-            found[row["peer"]] = f"- {row['peer']}: {tokens} tokens of `{Path(text or 'unknown text').name}`{tuned}"
+        if other_text or steps or tokens != result["calibration_tokens"]:
+            sources = (made.get("text") or "unknown text").split(" + ")
+            text = " + ".join(x if x.startswith("dataset:") else Path(x).name for x in sources)
+            found[row["peer"]] = f"- {row['peer']}: {tokens} tokens of `{text}`" + (f", {steps} steps" if steps else "")
     return list(found.values())
 
 
@@ -248,20 +262,26 @@ def plot(result: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     rows = [x for x in result["rows"] if x["window"] == "equal" and x["kl"] > 0]
-    ours: dict[bool, list[tuple[float, float]]] = {}
+    ours: dict[bool, dict[float, list[float]]] = {}  # tuned or not: KLs by bits
     families: dict[str, list[tuple[float, float]]] = {}
     for x in rows:
-        if x["paper"] != "this package":
+        if x["paper"] != OURS:
             family = x["peer"].rstrip("0123456789cb").rstrip("-") if x["peer"] not in ("fp8", "nvfp4") else x["peer"]
             families.setdefault(family, []).append((x["bits_per_element"], x["kl"]))
             axis.annotate(x["peer"], (x["bits_per_element"], x["kl"]), fontsize=7, xytext=(4, 3), textcoords="offset points")  # fmt: skip
         else:
-            ours.setdefault(_steps(x["calibration"]) > 0, []).append((x["bits_per_element"], x["kl"]))
+            same = ours.setdefault(_steps(x["calibration"]) > 0, {})
+            same.setdefault(x["bits_per_element"], []).append(x["kl"])
     for family, points in families.items():
         axis.plot(*zip(*sorted(points)), "o:", label=family, markersize=5, linewidth=0.8)
-    for tuned, points in sorted(ours.items()):
+    for tuned, by_bits in sorted(ours.items()):
         label = "million (this package)" + (", tuned" if tuned else "")
-        axis.plot(*zip(*sorted(points)), "r*-" if tuned else "k*-", label=label, markersize=12, linewidth=2)
+        # The line joins the best of each width; others, such as the same with one width for all layers, are stars alone.
+        best = sorted((bits, min(kls)) for bits, kls in by_bits.items())
+        axis.plot(*zip(*best), "r*-" if tuned else "k*-", label=label, markersize=12, linewidth=2)
+        others = [(bits, kl) for bits, kls in by_bits.items() for kl in kls if kl > min(kls)]
+        if others:
+            axis.plot(*zip(*others), "r*" if tuned else "k*", markersize=8)
     axis.set(
         yscale="log",
         xlabel="bits an element (codes + scales + outliers)",
