@@ -12,14 +12,13 @@ fine-tuning runs four contexts forwards twice and backwards once. ``--save`` mer
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.conftest import RESULTS, machine, machine_label
+from benchmarks.conftest import RESULTS, merge_rows
 from benchmarks.generation import SHAPES, build_model, model_config, peak_bytes, reset_peak
 from benchmarks.timing import synchronize
 from million_cache import PRESETS, calibrate
@@ -64,18 +63,6 @@ def measure(
     }  # fmt: skip
 
 
-def save(directory: Path, row: dict) -> None:
-    """Merge a row into ``calibrate.json``; it replaces one of the same `KEY`."""
-    path = directory / f"{NAME}.json"
-    stored = json.loads(path.read_text()) if path.exists() else {"machines": {}, "rows": []}
-    here = machine()
-    label = machine_label(here)
-    others = [x for x in stored["rows"] if any(x[name] != row[name] for name in KEY)]
-    stored = {"machines": stored["machines"] | {label: here}, "rows": [*others, row | {"machine": label}]}
-    directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(stored, indent=1) + "\n")
-
-
 def bench_calibrate(benchmark):
     row = benchmark.pedantic(
         lambda: measure("tiny", None, "2bit", 2048, "cpu", torch.float32, 512, sensitivity_tokens=1024), rounds=1
@@ -106,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
     if options.save:
-        save(options.out, row)
+        merge_rows(options.out / f"{NAME}.json", "rows", KEY, [row])
     return 0
 
 

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,27 @@ def machine() -> dict:
 def machine_label(here: dict) -> str:
     """What results call a `machine`."""
     return f"{here['gpu'] or here['cpu']}, torch {here['torch']}, {here['date']}"
+
+
+def merge_rows(
+    path: Path, section: str, key: Sequence[str], rows: list[dict], keep: Callable[[dict, dict], bool] = lambda old, new: False
+) -> None:  # fmt: skip
+    """Merge rows into a section of a JSON file, which is made where it is not there; each says on which `machine` it was measured.
+
+    One with the same ``key`` fields replaces the old one, unless ``keep(old, new)``. Machines that no row names are dropped.
+    """
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    here = machine()
+    machines = stored.pop("machines", {}) | {machine_label(here): here}
+    known = {tuple(x[name] for name in key): x for x in stored.get(section, [])}
+    for x in rows:
+        place = tuple(x[name] for name in key)
+        if place not in known or not keep(known[place], x):
+            known[place] = x | {"machine": machine_label(here)}
+    stored[section] = list(known.values())
+    used = sorted({x["machine"] for section_rows in stored.values() for x in section_rows})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machines": {x: machines[x] for x in used}, **stored}, indent=1) + "\n")
 
 
 def pytest_sessionfinish(session):

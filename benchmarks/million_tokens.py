@@ -14,7 +14,7 @@ bytes of PyTorch's allocator: the CUDA context, about half a gigabyte, comes on 
 from __future__ import annotations
 
 import argparse
-import json
+import shutil
 import sys
 import time
 from functools import partial
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench_generate import default_backend
-from benchmarks.conftest import RESULTS, machine, machine_label
+from benchmarks.conftest import RESULTS, merge_rows
 from benchmarks.generation import (
     KINDS,
     SHAPES,
@@ -176,26 +176,19 @@ def attempt(name: str, function) -> list[dict]:
     return results
 
 
+def keep(old: dict, new: dict) -> bool:
+    """Whether a row stays: arithmetic replaces no measurement, nor arithmetic with a workspace that was measured."""
+    measured = old.get("measured", False) or old.get("workspace_gb", 0) > new.get("workspace_gb", 0)
+    return measured and not new.get("measured", True)
+
+
 def save(directory: Path, section: str, key: tuple[str, ...], results: list[dict]) -> None:
-    """Merge results into ``million_tokens.json``; one with the same ``key`` fields replaces the old one, but arithmetic no measurement."""
+    """Merge results into ``million_tokens.json``, at first a copy of that in ``benchmarks/results``."""
     path = directory / f"{NAME}.json"
-    source = path if path.exists() else RESULTS / f"{NAME}.json"
-    stored = json.loads(source.read_text()) if source.exists() else {}
-    here = machine()
-    label = machine_label(here)
-    known = {tuple(x[name] for name in key): x for x in stored.get(section, [])}
-    for x in results:
-        old = known.get(tuple(x[name] for name in key), {})
-        # Nor does arithmetic replace arithmetic with a measured workspace.
-        if x.get("measured", True) or not (
-            old.get("measured", False) or old.get("workspace_gb", 0) > x["workspace_gb"]
-        ):
-            known[tuple(x[name] for name in key)] = x | {"machine": label}
-    directory.mkdir(parents=True, exist_ok=True)
-    rows = {name: stored.get(name, []) for name in ("longest", "decode")} | {section: list(known.values())}
-    machines = stored.get("machines", {}) | {label: here}
-    used = {x["machine"] for section_rows in rows.values() for x in section_rows}
-    path.write_text(json.dumps({"machines": {x: machines[x] for x in sorted(used)}, **rows}, indent=1) + "\n")
+    if not path.exists() and (RESULTS / path.name).exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.copy(RESULTS / path.name, path)
+    merge_rows(path, section, key, results, keep)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -129,10 +129,10 @@ def _loaded_or(
 
 @contextmanager
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Add the time that the block takes to ``seconds[phase]``."""
+    """Add the time that the block takes to ``seconds[phase]``: of this run, little where it goes on after an interruption."""
     begin = time.perf_counter()
     yield
-    seconds[phase] = round(seconds.get(phase, 0.0) + time.perf_counter() - begin, 2)
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - begin
 
 
 @contextmanager
@@ -359,6 +359,7 @@ def calibrate_all(
                     )  # fmt: skip
                 layers = found.layers
                 tuned = {"finetune_held_out_kl": [found.before, found.after], "finetune_best_step": found.step}
+            seconds = {phase: round(x, 2) for phase, x in seconds.items()}
             trained.append((config, layers, report, {"seconds": seconds, **tuned}))
 
     used = torch.cat(text)
