@@ -12,7 +12,7 @@ import torch
 from million_cache.calibration import MIN_TOKENS, calibrate, calibrate_all
 from million_cache.calibration.collect import collect
 from million_cache.calibration.kmeans import assign, kmeans, seed, update
-from million_cache.calibration.sensitivity import measure_sensitivity, row_weights
+from million_cache.calibration.sensitivity import DRAW, draw_tokens, measure_sensitivity, row_weights
 from million_cache.calibration.train import framed_keys
 from million_cache.calibration.transform import average_over_rotation, deal, key_transform
 from million_cache.config import PQConfig, package_version
@@ -248,6 +248,26 @@ def test_sensitivity_predicts_the_kl_of_noise_on_the_keys():
             got.append((dense.exp() * (dense - other)).sum().item())
     assert want > 1e-5
     assert abs(sum(got) / len(got) / want - 1) < 0.4
+
+
+def test_drawn_tokens_have_the_models_probabilities():
+    """More rows than are looked at together; tokens of probability 0 at both ends and in the middle never come."""
+    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    logits = p.log().expand(40 * DRAW + 3, 6)
+    got = draw_tokens(logits, torch.Generator().manual_seed(0))
+    assert got.shape == (len(logits),) and got.dtype == torch.int64
+    share = torch.bincount(got, minlength=6) / len(got)
+    assert not share[p == 0].any()
+    torch.testing.assert_close(share, p, rtol=0, atol=4 * (0.25 / len(got)) ** 0.5)
+    assert torch.equal(got, draw_tokens(logits.bfloat16().float(), torch.Generator().manual_seed(0)))
+    assert not torch.equal(got, draw_tokens(logits, torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.cuda
+def test_a_seed_draws_the_same_tokens_on_a_gpu():
+    logits = 3 * torch.randn(300, 5000, generator=torch.Generator().manual_seed(0))
+    here, there = (draw_tokens(logits.to(x), torch.Generator().manual_seed(0)).cpu() for x in ("cpu", "cuda"))
+    assert (here != there).sum() <= 1  # where rounding moves a border
 
 
 def test_sensitivity_ends_where_the_window_does():

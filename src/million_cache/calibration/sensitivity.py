@@ -34,14 +34,32 @@ DAMPING = 0.1
 KEY_POWER, VALUE_POWER = 0.5, 1.0
 
 
+def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token of each row's probabilities, by inversion of their cumulative sum: `torch.multinomial` wants a random number of every
+    entry, and from a generator on the CPU that takes longer than the model.
+
+    Args:
+        logits: [T, vocabulary].
+        generator: on the CPU, so that a seed means the same on every device.
+
+    Returns:
+        [T] int64, on the logits' device.
+    """
+    uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator).to(logits.device)
+    drawn = []
+    for part, u in zip(logits.split(DRAW), uniform.split(DRAW)):
+        cumulative = part.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+        # right: never a token of probability 0. The bound: u times the sum may round up to the sum.
+        found = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
+        drawn.append(found.clamp(max=logits.shape[1] - 1))
+    return torch.cat(drawn)
+
+
 def backward_of_drawn_tokens(model: PreTrainedModel, ids: Tensor, generator: torch.Generator) -> None:
     """One forward of token ids [T], and one backward pass of the negative log-likelihood of tokens drawn from the predictions."""
     ids = ids[None].to(model.device)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
-    drawn = [
-        torch.multinomial(part.softmax(-1).cpu(), 1, generator=generator)[:, 0] for part in logits.detach().split(DRAW)
-    ]
-    F.cross_entropy(logits, torch.cat(drawn).to(logits.device), reduction="sum").backward()
+    F.cross_entropy(logits, draw_tokens(logits.detach(), generator), reduction="sum").backward()
 
 
 def measure_sensitivity(
