@@ -18,6 +18,7 @@ from million_cache.calibration.transform import average_over_rotation, deal, key
 from million_cache.config import PQConfig, package_version
 from million_cache.models import measure_rotations
 from million_ops.reference import rotate
+from tests.cache.conftest import no_gpu
 from tests.cache.test_models import DYNAMIC, LearnedPositions
 from tests.cache.tiny_models import tiny_cohere, tiny_gemma3, tiny_gptneo, tiny_gptneox, tiny_llama, tiny_smollm3
 
@@ -263,7 +264,7 @@ def test_drawn_tokens_have_the_models_probabilities():
     assert not torch.equal(got, draw_tokens(logits, torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.cuda
+@no_gpu
 def test_a_seed_draws_the_same_tokens_on_a_gpu():
     logits = 3 * torch.randn(300, 5000, generator=torch.Generator().manual_seed(0))
     here, there = (draw_tokens(logits.to(x), torch.Generator().manual_seed(0)).cpu() for x in ("cpu", "cuda"))
