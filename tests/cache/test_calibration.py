@@ -260,8 +260,16 @@ def test_drawn_tokens_have_the_models_probabilities():
     share = torch.bincount(got, minlength=6) / len(got)
     assert not share[p == 0].any()
     torch.testing.assert_close(share, p, rtol=0, atol=4 * (0.25 / len(got)) ** 0.5)
-    assert torch.equal(got, draw_tokens(logits.bfloat16().float(), torch.Generator().manual_seed(0)))
+    assert torch.equal(got, draw_tokens(logits, torch.Generator().manual_seed(0)))
     assert not torch.equal(got, draw_tokens(logits, torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_predictions_without_probabilities(bad):
+    logits = torch.zeros(DRAW + 5, 7)
+    logits[-1, 3] = bad
+    with pytest.raises(ValueError, match="the model's predictions hold NaN or inf"):
+        draw_tokens(logits, torch.Generator())
 
 
 @no_gpu

@@ -189,9 +189,10 @@ def calibrate(
             (`delete_checkpoint`) when the codebooks are saved. None: nothing is kept.
 
     Raises:
-        ValueError: too few tokens (says how many are needed; fine-tuning wants two contexts), ids outside the vocabulary, NaN or inf in the activations, a
-            centroid beyond fp16 (says layer and head), a context beyond the model's RoPE, frames required and not possible, or
-            a ``resume_dir`` with other arguments' calibration (says which differ) or other files.
+        ValueError: too few tokens (says how many are needed; fine-tuning wants two contexts), ids outside the vocabulary, NaN or
+            inf in the activations or the predictions, a centroid beyond fp16 (says layer and head), a context beyond the model's
+            RoPE, frames required and not possible, or a ``resume_dir`` with other arguments' calibration (says which differ) or
+            other files.
         NotImplementedError: a model that cannot be served, see `check_supported`.
     """
     (codebooks,) = calibrate_all(

@@ -44,11 +44,16 @@ def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
 
     Returns:
         [T] int64, on the logits' device.
+
+    Raises:
+        ValueError: a row has no probabilities: it holds NaN or inf.
     """
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator).to(logits.device)
     drawn = []
     for part, u in zip(logits.split(DRAW), uniform.split(DRAW)):
         cumulative = part.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+        if not cumulative[:, -1].isfinite().all():
+            raise ValueError("the model's predictions hold NaN or inf")
         # right: never a token of probability 0. The bound: u times the sum may round up to the sum.
         found = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
         drawn.append(found.clamp(max=logits.shape[1] - 1))
