@@ -100,7 +100,7 @@ def test_it_recovers_from_a_bad_step(untuned, monkeypatch):
 
     def bad_once(self, rate):
         calls.append(rate)
-        step(self, 1000 * rate if len(calls) == 6 else rate)
+        step(self, 10_000 * rate if len(calls) == 6 else rate)
 
     monkeypatch.setattr(CentroidAdam, "step", bad_once)
     found, seen = tuned(untuned, 20)
@@ -125,7 +125,7 @@ def test_fine_tuning_goes_on_bit_for_bit(untuned, tmp_path, monkeypatch, bad_ste
 
     def sometimes_bad(self, rate):
         calls.append(rate)
-        step(self, 1000 * rate if self.steps + 1 == bad_step and len(calls) == bad_step else rate)
+        step(self, 10_000 * rate if self.steps + 1 == bad_step and len(calls) == bad_step else rate)
 
     monkeypatch.setattr(CentroidAdam, "step", sometimes_bad)
     want, seen = tuned(untuned, 8)
