@@ -13,7 +13,7 @@ from million_cache.calibration import MIN_TOKENS, calibrate, calibrate_all
 from million_cache.calibration.collect import collect
 from million_cache.calibration.kmeans import assign, kmeans, seed, update
 from million_cache.calibration.sensitivity import DRAW, draw_tokens, measure_sensitivity, row_weights
-from million_cache.calibration.train import framed_keys
+from million_cache.calibration.train import framed_keys, spread_weights
 from million_cache.calibration.transform import average_over_rotation, deal, key_transform
 from million_cache.config import PQConfig, package_version
 from million_cache.models import measure_rotations
@@ -321,6 +321,19 @@ def test_weighted_kmeans_serves_what_weighs_more():
     means = update(points[:1, :3], codes, distance, torch.tensor([[1.0, 3.0, 2.0]]))
     torch.testing.assert_close(means[0, 7], (points[0, 0] + 3 * points[0, 1]) / 4)
     torch.testing.assert_close(means[0, 9], points[0, 2])
+
+
+def test_points_far_out_weigh_more():
+    points = torch.randn(4, 4000, 2, generator=torch.Generator().manual_seed(0))
+    weights = spread_weights(points, 1.0)
+    plain, spread = (kmeans(points, 8, torch.Generator().manual_seed(0), w) for w in (None, weights))
+    errors = [assign(points, c)[1] for c in (plain, spread)]
+    far = points.norm(dim=-1) > 2
+    assert errors[1][far].mean() < 0.96 * errors[0][far].mean()
+    assert (errors[1] * weights).mean() < 0.95 * (errors[0] * weights).mean()
+    assert errors[1].mean() < 1.05 * errors[0].mean()
+    assert torch.equal(spread_weights(torch.full((1, 300, 2), 3.0), 0.5), torch.ones(1, 300))
+    torch.testing.assert_close(spread_weights(7 * points + 5, 1.0), weights)
 
 
 def test_without_sensitivity_the_queries_are_the_weight():
