@@ -166,7 +166,7 @@ def measure_sensitivity(
 def row_weights(energy: Tensor, power: float) -> Tensor:
     """Weights of rows in k-means, [H, N] with mean 1 a head, from their energies [H, N] (NaN: unknown, weight 1).
 
-    One drawn token makes a noisy estimate of a row's energy, so it is damped: ``(energy / mean + DAMPING) ^ power``.
+    Damped, for one drawn token makes a noisy estimate of a row's energy: ``(energy / mean + DAMPING) ^ power``.
     """
     known = ~energy.isnan()
     energy = energy.nan_to_num(0.0)

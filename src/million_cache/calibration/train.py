@@ -20,7 +20,7 @@ KEY_SPREAD, VALUE_SPREAD = 1.0, 0.5
 
 
 def spread_weights(points: Tensor, power: float) -> Tensor:
-    """Weights of points in k-means by how far out they are: ``(|x - mean|^2 / their mean + 0.1) ^ power``.
+    """Weights of points in k-means by how far out they are: `row_weights` of their squared distances to the mean.
 
     The least mean squared error leaves the outskirts to few centroids. But large keys are those that attention picks, and new text
     goes beyond the sample there. Errors of points far out weigh more, so some centroids move outwards.
@@ -29,11 +29,9 @@ def spread_weights(points: Tensor, power: float) -> Tensor:
         points: [G, N, d] fp32.
 
     Returns:
-        [G, N], 1 where all points of a group are the same.
+        [G, N] with mean 1 a group.
     """
-    distance = (points - points.mean(1, keepdim=True)).square().sum(-1)
-    mean = distance.mean(1, keepdim=True)
-    return torch.where(mean > 0, distance / mean.clamp(min=1e-30) + 0.1, 1.0).pow(power)
+    return row_weights((points - points.mean(1, keepdim=True)).square().sum(-1), power)
 
 
 def framed_keys(keys: Tensor, positions: Tensor, offsets: Tensor, rotation: Rotation) -> Tensor:
