@@ -309,8 +309,9 @@ struct Block : RowBlock {
 
   // ---- codes ----
 
-  // Keys: a whole tile where registers suffice, because a product is done with all its codes at once.
-  static constexpr Unit kKeyUnit{2 * K::kSteps, S::Rows > 2}, kValueUnit{4 * V::kSteps, false};
+  // A whole tile where registers suffice: what is looked up next has been asked for a tile before, which is long enough
+  // for memory.
+  static constexpr Unit kKeyUnit{2 * K::kSteps, S::Rows > 2}, kValueUnit{4 * V::kSteps, S::Rows == 4 && S::VD < 8};
   static constexpr int kWords = kKeyUnit.words > kValueUnit.words ? kKeyUnit.words : kValueUnit.words;
   static constexpr int kKeyTile = kTile * S::D / S::KD, kValueTile = kTile * S::D / S::VD;  // bytes
   using Words = uint32_t[kWords];
@@ -328,9 +329,9 @@ struct Block : RowBlock {
     words[4 * chunk] = x.x, words[4 * chunk + 1] = x.y, words[4 * chunk + 2] = x.z, words[4 * chunk + 3] = x.w;
   }
 
-  // Brings a tile to the L2 cache, some tiles before its codes are loaded: registers need only cover the way from
-  // there.
-  static __device__ __forceinline__ void prefetch(const uint8_t* tile, int bytes, int lane) {
+  // Brings a tile, `tile` being the lane's place in it, to the L2 cache. Not within the loop: prefetches take bandwidth
+  // that loads, which are asked for a tile ahead, do not need.
+  __device__ __forceinline__ void prefetch(const uint8_t* tile, int bytes) const {
     if (lane * 128 < bytes) prefetch_l2(tile + lane * 112);
   }
 
@@ -1026,19 +1027,12 @@ struct Block : RowBlock {
     return {tokens, now, int(min((int64_t(now) + 1) * tokens, int64_t(kMaxSlot)))};
   }
 
-  // To the L2 cache: the tiles that a pair begins with. As soon as they are known: till then memory has nothing to do.
-  // One of a short run, so that all pairs' first tiles come before their second ones.
+  // To the L2 cache: the tile that a pair begins with, as soon as it is known: till then memory has nothing to do.
   __device__ void prefetch_first(int pair) const {
-    constexpr int kShort = 8;
     const Run tiles = run(pair);
-    const int count = tiles.end - tiles.begin < kShort ? 1 : kAhead;
-    const uint8_t *k = key_codes(tiles), *v = value_codes(tiles);
-#pragma unroll
-    for (int i = 0; i < kAhead; i++) {
-      if (i >= count || tiles.begin + i >= tiles.end) break;
-      prefetch(k + i * kKeyTile, kKeyTile, lane);
-      prefetch(v + i * kValueTile, kValueTile, lane);
-    }
+    if (tiles.begin >= tiles.end) return;
+    prefetch(key_codes(tiles), kKeyTile);
+    prefetch(value_codes(tiles), kValueTile);
   }
 
   __device__ void score(int pair, const Prepared& prepared) const {
@@ -1081,7 +1075,6 @@ struct Block : RowBlock {
           if (next == end) break;
           load_query(frame.now, prepared, q);
         }
-        if (next + kAhead < end) prefetch(at + kAhead * kKeyTile, kKeyTile, lane);
         coded_scores(next, next + 1 < end, at, words, places, prepared, frame, q, s);
         next++, at += kKeyTile;
       }
@@ -1108,7 +1101,6 @@ struct Block : RowBlock {
       for (int i = 0; i < kValueUnit.words / 4; i++) fetch(words, i, at);
       const Places<V> places(n, c, shared_address(shared) - kSharedBase);
       for (int tile = tiles.begin; tile < tiles.end; tile++, it++, at += kValueTile) {
-        if (tile + kAhead < tiles.end) prefetch(at + kAhead * kValueTile, kValueTile, lane);
         coded_values(o, pair, it, tile + 1 < tiles.end, at, words, places);
       }
     }

@@ -16,7 +16,6 @@ constexpr int kSharedBase = 0;
 constexpr int kSharedBase = 1024;
 #endif
 constexpr int kTile = 64;
-constexpr int kAhead = 2;        // tiles from the one at hand to the one that is brought to the L2 cache
 constexpr int kMaxCluster = 16;  // blocks
 #ifdef MILLION_RACECHECK
 constexpr int kArrivals = kWarp;  // compute-sanitizer does not see that a lane arrives for its warp, after __syncwarp
@@ -98,8 +97,8 @@ struct Scratch {
   uint64_t full[S::kPairs][2], empty[S::kPairs][2], k_table, k_more, v_table, queries, parts;
 };
 
-// A lane's codes of a tile come in chunks of 16 bytes. Warps keep half a tile of them in registers, where that is whole
-// chunks, and ask for more as soon as a chunk is done with.
+// A lane's codes of a tile come in chunks of 16 bytes. Warps keep a tile of them in registers, or half, where that is
+// whole chunks, and ask for more as soon as a chunk is done with.
 struct Unit {
   int words, per_tile;
   constexpr Unit(int tile_words, bool whole)
