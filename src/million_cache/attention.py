@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from million_cache import long_chunk
-from million_cache.cache import KVHandle, MillionLayer, SlidingLayer
-from million_cache.models import check_supported, fingerprint
+from million_cache.cache import KVHandle, MillionLayer, SlidingLayer, autocast
+from million_cache.models import check_supported, fingerprint, text_config
 from million_cache.state import ATTENTION, Enabled, PaddingCheck, enabled, forget_enabled, record_enabled
 
 # Forwards of up to this many tokens on a non-empty cache take the decode path, where a chunk equals single steps whatever the
@@ -139,6 +139,8 @@ def million_attention(module, query, key, value, attention_mask, dropout=0.0, sc
             module, query, key.new, value.new, mask, dropout=dropout, scaling=scaling, **kwargs
         )
     for name, what in _UNSUPPORTED.items():
+        if name == "sliding_window" and (kwargs.get(name) or 0) >= key.layer.max_cache_len:
+            continue  # longer than the cache: all of it
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"the million attention function does not support {what} ({name})")
     if kwargs.get("output_attentions"):
@@ -147,7 +149,7 @@ def million_attention(module, query, key, value, attention_mask, dropout=0.0, sc
         )
     if dropout:
         raise NotImplementedError(f"attention from codes is for inference: dropout must be 0, got {dropout}")
-    layer, fresh, n = key.layer, key.fresh, query.shape[2]
+    layer, fresh, n, query = key.layer, key.fresh, query.shape[2], autocast(query)
     if (config := getattr(module, "config", layer.state.config)) is not layer.state.config:
         layer.state.check_model(config)
     is_pair = attention_mask is not None and attention_mask.dtype == torch.int32
@@ -198,8 +200,13 @@ def _set_start(layer: MillionLayer, mask: Tensor | None, is_pair: bool) -> None:
     elif is_pair:
         start = mask[:, 0, 0, 0]
     else:
-        last = mask[:, 0, -1].to(torch.int32)  # what the newest query may see
-        start = torch.where(last.any(-1), last.argmax(-1), layer.clock.time[1]).to(torch.int32)
+        # Padding is what no query sees but itself: what is hidden from the newest alone may be shown to later ones.
+        rows, (n, slots) = mask[:, 0], mask.shape[2:]
+        seen = rows[:, -1]
+        if n > 1:
+            own = layer.clock.time[0] + torch.arange(n, device=mask.device)
+            seen = seen | (rows & (torch.arange(slots, device=mask.device) != own[:, None])).any(1)
+        start = torch.where(seen.any(-1), seen.to(torch.int32).argmax(-1), layer.clock.time[1]).to(torch.int32)
     layer.clock.set_start(start)
 
 
@@ -207,19 +214,31 @@ def enable(model: PreTrainedModel) -> None:
     """Make ``model`` attend from codes whenever its cache is a `MillionStaticCache`.
 
     Measures the model's rotation and fingerprint (one forward of 12 tokens), so that a cache with another model's codebooks
-    is refused. With any other cache the model runs PyTorch's SDPA as before.
+    is refused: call it again after loading other weights. With any other cache the model runs PyTorch's SDPA as before.
 
     Raises:
         NotImplementedError: an unsupported model, with the reason.
     """
-    text = model.config.get_text_config(decoder=True)
+    text = text_config(model.config)
     check_supported(text)
-    if enabled(text) is not None and text._attn_implementation == ATTENTION:
-        return
-    before = text._attn_implementation
+    decoder = next((x for x in model.modules() if getattr(x, "config", None) is text), model)
+    if not getattr(decoder, "_supports_sdpa", True):
+        raise NotImplementedError(
+            f"{text.model_type}: its attention is not PyTorch's scaled_dot_product_attention (transformers says so by _supports_sdpa), and "
+            "it cannot be computed from codes"
+        )
+    before, known = text._attn_implementation, enabled(text)
+    if before == ATTENTION:
+        before = known.previous_attention if known else "sdpa"
     devices = frozenset(p.device for p in model.parameters())
-    record_enabled(text, Enabled(fingerprint(model), "sdpa" if before == ATTENTION else before, devices))
+    record_enabled(text, Enabled(fingerprint(model), before, devices))
     model.set_attn_implementation(ATTENTION)
+    if text._attn_implementation != ATTENTION:
+        forget_enabled(text)
+        raise NotImplementedError(
+            f"{text.model_type}: {type(model).__name__} does not hand keys and values to transformers' attention interface, whose function "
+            f"{ATTENTION!r} would attend from codes"
+        )
 
 
 def disable(model: PreTrainedModel) -> None:

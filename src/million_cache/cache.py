@@ -35,6 +35,7 @@ from million_cache.models import (
     kv_heads,
 )
 from million_cache.state import ATTENTION, CacheState, enabled, refuse_other_model
+from million_ops._checks import FLOATS
 
 CROP_KEEPS = tuple(map(int, transformers.__version__.split(".")[:2])) < (
     5,
@@ -78,6 +79,10 @@ class MillionLayer(StaticLayer):
                 "MillionStaticCache has no buffers yet and the forward is being compiled; give batch_size=, device= and dtype= to "
                 "the constructor (or call early_initialization), so that its buffers exist, at fixed addresses, before tracing"
             )
+        with torch.inference_mode(False):  # else nothing outside of it could write to the buffers
+            self._allocate(key_states)
+
+    def _allocate(self, key_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads, _, D = key_states.shape
         self.books: LayerCodebooks = self.state.codebooks.to(self.device)[self.layer_idx]
@@ -293,6 +298,11 @@ class SlidingLayer(StaticSlidingWindowLayer):
         self.capacity, self.state = max_cache_len, state
         self.empty = True  # not the state's, which flips in the last quantised layer of a forward
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the batch size, dtype and device of ``key_states`` [B, H, n, D]."""
+        with torch.inference_mode(False):  # as `MillionLayer`
+            super().lazy_initialization(key_states, value_states)
+
     @property
     def is_croppable(self) -> bool:
         """Whether no token is ever overwritten."""
@@ -337,7 +347,7 @@ class SlidingLayer(StaticSlidingWindowLayer):
                 results.append(KVHandle(self, torch.cat((ring.index_select(2, before), new), 2), False))
             else:
                 results.append(KVHandle(self, ring, False))
-            ring.index_copy_(2, stored[-W:] % W, new[:, :, -W:])
+            ring.index_copy_(2, stored[-W:] % W, new[:, :, -W:].detach())
         self.cumulative_length.add_(n)
         if self.empty:
             self.empty = False
@@ -409,8 +419,8 @@ class MillionStaticCache(StaticCache):
     Full-attention layers are quantised; sliding-window layers keep their window in the model's dtype.
 
     Args:
-        config: the model's config, or the model itself (then its weights are checked against the codebooks at once; with a
-            config that happens when `enable` has been called).
+        config: the model's config, or the model itself, also one that `torch.compile` or peft wraps (then its weights are checked
+            against the codebooks at once; with a config that happens when `enable` has been called).
         codebooks: from `calibrate` or `Codebooks.from_pretrained`.
         max_cache_len: tokens a row can hold.
         batch_size, device, dtype: allocate now instead of at the first forward; needed before a forward that is itself
@@ -430,10 +440,11 @@ class MillionStaticCache(StaticCache):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, recent_tokens: int | None = None,
         sink_tokens: int | None = None, first_position: int = 0,
     ):  # fmt: skip
-        model = config if isinstance(config, PreTrainedModel) else None
-        config = config.config if model is not None else config
+        model = _unwrapped(config)
+        config = config if model is None else model.config
         text = config.get_text_config(decoder=True)
         _check_max_cache_len(max_cache_len)
+        _check_arguments(batch_size, dtype, first_position)
         check_supported(text)
         check_length(text, max_cache_len)
         differences = codebooks.fingerprint.config_differences(text)
@@ -450,7 +461,8 @@ class MillionStaticCache(StaticCache):
                 stacklevel=2,
             )
         super().__init__(config=config, max_cache_len=max_cache_len)
-        state = CacheState(text, codebooks, pq.recent_tokens, pq.sink_tokens, first_position)
+        window = min(pq.recent_tokens, max_cache_len), min(pq.sink_tokens, max_cache_len)
+        state = CacheState(text, codebooks, *window, first_position)
         if model is not None:
             refuse_other_model(codebooks, fingerprint(model))
             state.fingerprint_seen = True
@@ -534,7 +546,8 @@ class MillionStaticCache(StaticCache):
             # fp32: the choice between the layouts of one device does not change their size, and needs the device.
             for layout, d in zip(million_ops.layouts_for(device_type, D, *dims, torch.float32), dims):
                 total += math.prod(layout.packed_shape(B, H, max_cache_len, D // d))
-                total += B * H * D * (pq.recent_tokens + pq.sink_tokens) * dtype.itemsize
+                exact = min(pq.recent_tokens, max_cache_len) + min(pq.sink_tokens, max_cache_len)
+                total += B * H * D * exact * dtype.itemsize
         for i, layer in enumerate(StaticCache(config=config, max_cache_len=max_cache_len).layers):
             if i not in quantised and isinstance(layer, StaticLayer):
                 total += 2 * B * H * D * layer.max_cache_len * dtype.itemsize + 8
@@ -589,6 +602,7 @@ class MillionStaticCache(StaticCache):
         """See `MillionLayer.update`. In the model's first layer, before any has written: ValueError for more tokens than fit,
         another batch size, dtype or device, torch.cuda.OutOfMemoryError if the cache is not allocated and does not fit, RuntimeError
         after a forward that died where sliding-window layers cannot take its tokens back."""
+        key_states, value_states = autocast(key_states), autocast(value_states)
         if layer_idx == 0 and not torch.compiler.is_compiling():
             quantised = self.layers[min(self.state.codebooks.layers)]
             first = self.layers[0]
@@ -712,6 +726,29 @@ def _given(**values) -> dict[str, Any]:
 def _check_max_cache_len(max_cache_len: int) -> None:
     if not isinstance(max_cache_len, int) or isinstance(max_cache_len, bool) or max_cache_len < 1:
         raise ValueError(f"max_cache_len must be a positive integer, got {max_cache_len!r}")
+
+
+def _check_arguments(batch_size: int | None, dtype: torch.dtype | None, first_position: int) -> None:
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    if dtype not in (None, *FLOATS):
+        raise ValueError(f"dtype must be {', '.join(map(str, FLOATS))}, got {dtype!r}")
+    if type(first_position) is not int:
+        raise ValueError(f"first_position must be an integer, got {first_position!r}")
+
+
+def _unwrapped(model: object) -> PreTrainedModel | None:
+    """The model itself of one that `torch.compile` or peft wraps; None for what is no model."""
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return model if isinstance(model, PreTrainedModel) else None
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that attention has under `torch.autocast`, where keys that were rotated are in fp32 and values are not."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _warn_without_kernels(device: torch.device) -> None:

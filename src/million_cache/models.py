@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from million_ops.reference import rotate
 
@@ -37,6 +37,9 @@ REFUSED_TYPES = {
     "granite_swa": "attention sinks (a learned logit per head) are not part of attention from codes",
     "granitemoe_swa": "attention sinks (a learned logit per head) are not part of attention from codes",
     "mimo_v2_flash": "attention sinks (a learned logit per head) are not part of attention from codes",
+    "flint": "attention sinks (a learned logit per head) are not part of attention from codes",
+    "diffllama": "it subtracts two attentions over halves of the values, which attention from codes does not do",
+    "jetmoe": "its experts repeat keys and values between the cache and the attention function",
 }
 
 
@@ -62,20 +65,39 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def kv_heads(config: PreTrainedConfig) -> int:
     """KV heads of an attention layer."""
-    config = text_config(config)
+    config = _one_geometry(config)
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def head_dim(config: PreTrainedConfig) -> int:
     """Channels of a head."""
-    config = text_config(config)
+    config = _one_geometry(config)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def _one_geometry(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The text configuration, if all its layers have heads alike. Raises NotImplementedError if not (Gemma-4)."""
+    config = text_config(config)
+    for name in ("head_dim", "num_key_value_heads"):
+        try:
+            getattr(config, name, None)
+        except RuntimeError as error:  # transformers' AmbiguousGlobalPerLayerAttributeError
+            raise NotImplementedError(f"{config.model_type}: layers that differ in {name} are not supported") from error
+    return config
+
+
 def full_attention_layers(config: PreTrainedConfig) -> list[int]:
-    """Indices of the layers whose cache grows with the sequence, as transformers itself classifies them."""
-    layers = DynamicCache(config=text_config(config)).layers
-    return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    """Indices of the layers whose cache grows with the sequence, as transformers itself classifies them, and of those whose sliding
+    window is longer than the longest sequence (Phi-3 with 128k tokens)."""
+    config = text_config(config)
+    longest = getattr(config, "max_position_embeddings", None)
+
+    def grows(layer: DynamicLayer) -> bool:
+        if type(layer) is DynamicLayer:
+            return True
+        return type(layer) is DynamicSlidingWindowLayer and longest is not None and layer.sliding_window >= longest
+
+    return [i for i, layer in enumerate(DynamicCache(config=config).layers) if grows(layer)]
 
 
 def check_supported(config: PreTrainedConfig) -> None:
@@ -117,12 +139,23 @@ def check_supported(config: PreTrainedConfig) -> None:
 
 
 def check_length(config: PreTrainedConfig, max_cache_len: int) -> None:
-    """Refuse a length at which the model would change its RoPE frequencies under cached keys.
+    """Refuse a length at which the model would change its RoPE frequencies under cached keys, or slide its window over them.
 
     Raises:
-        ValueError: dynamic NTK or longrope and ``max_cache_len`` beyond the original length.
+        ValueError: dynamic NTK or longrope and ``max_cache_len`` beyond the original length; or beyond the window of layers that are
+            quantised because it is longer than the model's longest sequence.
     """
     config = text_config(config)
+    layers = DynamicCache(config=config).layers
+    window = min(
+        (getattr(layers[i], "sliding_window", None) or max_cache_len for i in full_attention_layers(config)),
+        default=max_cache_len,
+    )
+    if window < max_cache_len:
+        raise ValueError(
+            f"{config.model_type}: quantised layers have a sliding window of {window} tokens; max_cache_len must be at most that, got "
+            f"{max_cache_len}"
+        )
     parameters = getattr(config, "rope_parameters", None) or {}
     # One dictionary, or one for each layer type (Gemma-3).
     for rope in [parameters, *(p for p in parameters.values() if isinstance(p, dict))]:
@@ -155,14 +188,15 @@ class _KeyRecorder(DynamicCache):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; the model's mode is restored."""
-    training = model.training
+    """Evaluation mode and no gradients; the mode of every module is restored."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _frequencies(model: nn.Module) -> list[Tensor]:
