@@ -16,7 +16,7 @@ from million_cache import PRESETS, Codebooks, MillionStaticCache, PQConfig, disa
 from million_cache.cache import CROP_KEEPS, MillionLayer
 from million_cache.state import Clock
 from tests.cache.lossless import RecordingCache, lossless_codebooks, lossless_for
-from tests.cache.tiny_models import tiny_gemma3, tiny_llama
+from tests.cache.tiny_models import tiny_gemma3, tiny_gptneo, tiny_llama, tiny_phi3_long
 
 CONFIG = PQConfig(k_subspace_dim=2, v_subspace_dim=4, frame_tokens=8, recent_tokens=4, sink_tokens=2)
 MAX_LEN = 64
@@ -242,6 +242,157 @@ def test_sliding_layers_are_cropped_where_nothing_is_overwritten(device):
     with pytest.raises(ValueError, match="31 cannot be dropped"):
         cache.crop(-31)
     disable(model)
+
+
+def test_a_token_hidden_from_the_newest_query_alone(enabled, ids):
+    """A 4-D mask: what some query of it sees is no padding, and later steps without a mask see it."""
+    n = 12
+    mask = torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()
+    mask[-4:, :6] = False
+    mask = mask[None, None].expand(2, 1, n, n)
+
+    def run(cache):
+        with torch.no_grad():
+            first = enabled(ids[:, :n], attention_mask=mask, past_key_values=cache).logits
+            return torch.cat([first, enabled(ids[:, n : n + 1], past_key_values=cache).logits], 1)
+
+    dense = RecordingCache(enabled.config)
+    want = run(dense)
+    cache = MillionStaticCache(enabled.config, lossless_codebooks(enabled, [dense], CONFIG), MAX_LEN)
+    close(run(cache), want)
+    assert cache.state.clocks[0].start.tolist() == [0, 0]
+
+
+def test_padding_that_sees_itself(enabled, books, ids):
+    """A 4-D mask whose padded tokens see themselves, lest their softmax is empty: they are padding all the same."""
+    n, start = 12, 3
+    mask = torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()
+    mask[:, :start] = False
+    mask |= torch.eye(n, dtype=torch.bool, device=ids.device)
+    cache = MillionStaticCache(enabled.config, books, MAX_LEN)
+    with torch.no_grad():
+        enabled(ids[:, :n], attention_mask=mask[None, None].expand(2, 1, n, n), past_key_values=cache)
+    assert cache.state.clocks[0].start.tolist() == [start, start]
+
+
+@pytest.mark.parametrize("enable_it", [True, False], ids=["enabled", "dequantised"])
+@pytest.mark.filterwarnings("ignore:attention implementation")
+def test_autocast(model, books, ids, enable_it):
+    """Keys are rotated in fp32 there and values are not: the cache holds both in autocast's dtype, as the dense attention reads them."""
+    if enable_it:
+        enable(model)
+    try:
+        with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16):
+
+            def run(cache):
+                chunks = (ids[:, :10], ids[:, 10:11], ids[:, 11:20])
+                return torch.cat([model(x, past_key_values=cache).logits for x in chunks], 1)
+
+            cache = MillionStaticCache(model.config, books, MAX_LEN)
+            got, want = run(cache), run(DynamicCache(config=model.config))
+        exact = logits(model, ids[:, :20], DynamicCache(config=model.config))
+    finally:
+        disable(model)
+    assert all(x.dtype == torch.bfloat16 for x in (*cache.layers[0].ring, *cache.layers[0].sinks))
+    assert (got.float() - exact).norm() <= 1.5 * (want.float() - exact).norm()
+
+
+def test_a_cache_allocated_in_inference_mode(device, ids):
+    """Its buffers are written outside of it too, those of sliding layers as well."""
+    model = tiny_gemma3().to(device)
+    enable(model)
+    cache = MillionStaticCache(model.config, lossless_for(model, ids[:, :20], CONFIG), MAX_LEN)
+    with torch.inference_mode():
+        model(ids[:, :10], past_key_values=cache)
+    cache.reset()
+    close(logits(model, ids[:, :20], cache), logits(model, ids[:, :20], DynamicCache(config=model.config)))
+
+
+def test_a_forward_that_records_gradients(device, ids):
+    """What a cache keeps of it are its tokens, not its graph: a copy can be made of sliding layers too."""
+    model = tiny_gemma3().to(device)
+    enable(model)
+    cache = MillionStaticCache(model.config, random_codebooks(model, CONFIG), MAX_LEN)
+    for i in range(3):
+        model(ids[:, i : i + 1], past_key_values=cache)
+    assert not any(x.requires_grad for x in cache.named_tensors().values())
+    copy.deepcopy(cache)
+
+
+def test_models_in_wrappers(model, books):
+    """`torch.compile`'s and peft's: the model inside is checked."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def get_base_model(self):
+            return self.model
+
+    for wrapped in (torch.compile(model), Wrapped(model)):
+        assert MillionStaticCache(wrapped, books, MAX_LEN).state.fingerprint_seen
+    with pytest.raises(ValueError, match="another model"):
+        MillionStaticCache(torch.compile(tiny_llama(seed=7)), books, MAX_LEN)
+
+
+def test_a_window_longer_than_the_cache(model, books):
+    """Nothing is allocated for tokens that cannot come."""
+    kw = {"batch_size": 2, "dtype": torch.float32, "recent_tokens": 100_000, "sink_tokens": 1000}
+    cache = MillionStaticCache(model.config, books, MAX_LEN, **kw)
+    assert cache.layers[0].ring[0].shape[2] == cache.layers[0].sinks[0].shape[2] == MAX_LEN
+    pq = replace(CONFIG, recent_tokens=100_000, sink_tokens=1000)
+    assert cache.cache_bytes == MillionStaticCache.required_bytes(model.config, pq, MAX_LEN, 2, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("batch_size", 0), ("batch_size", 1.5), ("dtype", torch.float64), ("dtype", torch.int8), ("first_position", 1.5)],
+)
+def test_impossible_arguments(model, books, argument, value):
+    with pytest.raises(ValueError, match=f"{argument} must be .*, got {value}"):
+        MillionStaticCache(model.config, books, MAX_LEN, **{argument: value})
+
+
+def test_a_sliding_window_that_is_longer_than_every_sequence():
+    """It holds for caches within it: beyond, the window would slide over codes."""
+    model = tiny_phi3_long(sliding_window=600)
+    books = random_codebooks(model, CONFIG)
+    MillionStaticCache(model.config, books, 600)
+    with pytest.raises(ValueError, match="sliding window of 600 tokens; max_cache_len must be at most that, got 601"):
+        MillionStaticCache(model.config, books, 601)
+
+
+def test_enable_refuses_attention_that_is_not_its_own(monkeypatch):
+    """A model that transformers runs without SDPA, and one that never asks for an attention function: they would give other text."""
+    with pytest.raises(NotImplementedError, match="gpt_neo: its attention is not PyTorch's"):
+        enable(tiny_gptneo())
+    model = tiny_llama()
+    monkeypatch.setattr(model, "set_attn_implementation", lambda name: None)
+    with pytest.raises(NotImplementedError, match="does not hand keys and values"):
+        enable(model)
+    assert model.config._attn_implementation == "sdpa"
+    MillionStaticCache(model.config, random_codebooks(model, CONFIG), MAX_LEN)  # as of a model that was never enabled
+
+
+def test_enable_again_after_other_weights(books):
+    """The model is measured anew, so that a cache made from its config is refused as one made from the model is."""
+    model, other = tiny_llama(), tiny_llama(seed=7)
+    enable(model)
+    MillionStaticCache(model.config, books, MAX_LEN)
+    model.load_state_dict(other.state_dict())
+    enable(model)
+    with pytest.raises(ValueError, match="calibrated for another model"):
+        MillionStaticCache(model.config, books, MAX_LEN)
+    disable(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_enable_leaves_modes_alone():
+    model = tiny_llama().train()
+    model.model.layers[0].eval()
+    enable(model)
+    assert model.training and model.model.layers[1].training and not model.model.layers[0].training
 
 
 def test_enable_after_the_name_was_set(ids):

@@ -249,3 +249,15 @@ def test_the_name_of_the_cache_argument():
         model.generate(
             torch.tensor([[3, 4]]), **cache_argument(model, DynamicCache(config=model.config)), max_new_tokens=2
         )
+
+
+@pytest.mark.parametrize("name", ["head_dim", "num_key_value_heads"])
+def test_layers_that_differ_in_geometry(name):
+    """Gemma-4's configuration raises a RuntimeError for what differs from layer to layer."""
+
+    def ambiguous(self):
+        raise RuntimeError(f"{name!r} is a per-layer attribute")
+
+    config = type("Config", (transformers.LlamaConfig,), {name: property(ambiguous, lambda self, x: None)})()
+    with pytest.raises(NotImplementedError, match=f"layers that differ in {name} are not supported"):
+        (head_dim if name == "head_dim" else kv_heads)(config)

@@ -64,6 +64,11 @@ def tiny_phi3(seed: int = 0, **kw) -> PreTrainedModel:
     return _tiny("Phi3", seed, **{"sliding_window": None, **kw})
 
 
+def tiny_phi3_long(seed: int = 0, **kw) -> PreTrainedModel:
+    """A sliding window longer than the longest sequence, as Phi-3-mini-128k has: no window at all."""
+    return _tiny("Phi3", seed, **{"sliding_window": 2 * COMMON["max_position_embeddings"], **kw})
+
+
 def tiny_gptneox(seed: int = 0, **kw) -> PreTrainedModel:
     """A quarter of the channels rotates; no grouped queries."""
     model_kw = {k: v for k, v in COMMON.items() if k != "num_key_value_heads"} | kw
@@ -126,6 +131,7 @@ FAMILIES = {
     "qwen3": tiny_qwen3,
     "mistral": tiny_mistral,
     "phi3": tiny_phi3,
+    "phi3 128k": tiny_phi3_long,
     "gptneox": tiny_gptneox,
     "cohere": tiny_cohere,
     "smollm3": tiny_smollm3,
