@@ -255,9 +255,14 @@ def test_the_name_of_the_cache_argument():
 def test_layers_that_differ_in_geometry(name):
     """Gemma-4's configuration raises a RuntimeError for what differs from layer to layer."""
 
-    def ambiguous(self):
-        raise RuntimeError(f"{name!r} is a per-layer attribute")
+    class Config:
+        model_type = "gemma4_text"
 
-    config = type("Config", (transformers.LlamaConfig,), {name: property(ambiguous, lambda self, x: None)})()
-    with pytest.raises(NotImplementedError, match=f"layers that differ in {name} are not supported"):
-        (head_dim if name == "head_dim" else kv_heads)(config)
+        def get_text_config(self, decoder):
+            return self
+
+        def __getattr__(self, attribute):
+            raise RuntimeError(f"{name!r} is a per-layer attribute") if attribute == name else AttributeError(attribute)
+
+    with pytest.raises(NotImplementedError, match=f"gemma4_text: layers that differ in {name} are not supported"):
+        (head_dim if name == "head_dim" else kv_heads)(Config())
