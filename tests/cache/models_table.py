@@ -60,8 +60,8 @@ that rotate with the position; "none" is a layer whose keys do not.
 FOOTER = """
 Also refused: a head_dim that is no multiple of 8; dynamic NTK or longrope with a `max_cache_len` beyond the length at which the
 model changes its frequencies; layers that differ in head_dim; a model whose attention is not PyTorch's
-`scaled_dot_product_attention` or goes past transformers' attention interface; and, when it is asked for in a forward, `output_attentions=True`, dropout, a bias on the scores, a
-paged cache.
+`scaled_dot_product_attention` or goes past transformers' attention interface; and, when it is asked for in a forward,
+`output_attentions=True`, dropout, a bias on the scores, a paged cache.
 """
 
 
