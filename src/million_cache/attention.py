@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
 from million_cache import long_chunk
 from million_cache.cache import KVHandle, MillionLayer, SlidingLayer, autocast
@@ -33,6 +38,19 @@ _UNSUPPORTED = {
 }
 
 
+def _is_sliding_window(mask_function) -> bool:
+    """Whether a mask function is transformers' causal sliding window and nothing else (packed sequences, images, ...). It has no name:
+    what tells is the code of the functions that it combines."""
+
+    def combined(function):
+        return function.__code__, [f.__code__ for cell in function.__closure__ for f in cell.cell_contents]
+
+    try:
+        return combined(mask_function) == combined(sliding_window_causal_mask_function(1))
+    except (AttributeError, TypeError):
+        return False
+
+
 def million_mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mask_function=causal_mask_function,
                  attention_mask=None, local_size=None, **kwargs):  # fmt: skip
     """Mask for `million_attention`: int32 ``(start, q_offset)`` [B, 1, 1, 2], None for plain causal, or a dense bool mask.
@@ -45,6 +63,9 @@ def million_mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offse
         ValueError: the 2-D mask is longer than the cache.
         RuntimeError: see `PaddingCheck.step`.
     """
+    covers = local_size is not None and local_size >= kv_length > q_length and not isinstance(kv_offset, Tensor)
+    if covers and not torch.compiler.is_compiling() and _is_sliding_window(mask_function):
+        mask_function, local_size = causal_mask_function, None
     static = isinstance(q_offset, Tensor) or kv_length != q_offset + q_length
     if static and local_size is None and attention_mask is not None and attention_mask.shape[1] > kv_length:
         raise ValueError(

@@ -7,13 +7,14 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.masking_utils import and_masks, sliding_window_causal_mask_function
 
 from million_cache import MillionStaticCache, attention, disable, enable
 from million_cache.attention import million_mask
 from million_cache.state import PaddingCheck
 from tests.cache.lossless import RecordingCache, lossless_codebooks, lossless_for
 from tests.cache.test_cache import CONFIG, close
-from tests.cache.tiny_models import tiny_llama
+from tests.cache.tiny_models import tiny_llama, tiny_phi3_long
 
 KV_LENGTH = 64
 
@@ -217,3 +218,35 @@ def test_the_mask_is_one_pair_a_row(model, books, ids):
     longer[0, 3] = 0
     assert million_mask(2, 1, KV_LENGTH, 0, attention_mask=longer, device=ids.device).shape == (2, 1, 1, KV_LENGTH)
     assert attention.expand_mask(pair, 1, 12)[1, 0, 0].tolist() == [False] * 5 + [True] * 6 + [False]
+
+
+def test_a_window_that_covers_the_cache_is_none(device):
+    """One pair a row too, as transformers hands over the mask of a model whose sliding window is longer than the cache; not with packed
+    sequences, which transformers combines with the window."""
+    model = tiny_phi3_long().to(device)
+    ids = torch.arange(3, 23, device=device)[None].expand(2, -1)
+    window = model.config.sliding_window
+    arguments = {
+        "mask_function": sliding_window_causal_mask_function(window),
+        "local_size": window,
+        "device": device,
+        "allow_is_causal_skip": False,
+    }
+    pair = million_mask(2, 1, KV_LENGTH, torch.tensor(10, device=device), **arguments)
+    assert pair.dtype == torch.int32 and pair[:, 0, 0].tolist() == [[0, 10]] * 2
+    packed = and_masks(arguments["mask_function"], lambda b, h, q, kv: kv > 2)
+    dense = million_mask(2, 1, KV_LENGTH, torch.tensor(10, device=device), **{**arguments, "mask_function": packed})
+    assert dense[0, 0, 0].tolist() == [2 < i <= 10 for i in range(KV_LENGTH)]
+    assert (
+        million_mask(2, 1, KV_LENGTH, torch.tensor(10, device=device), **{**arguments, "local_size": 30}).dtype
+        == torch.bool
+    )
+    seen = []
+    enable(model)
+    cache = MillionStaticCache(model.config, lossless_for(model, ids, CONFIG), KV_LENGTH)
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["attention_mask"]), with_kwargs=True)
+    with torch.no_grad():
+        model(ids[:, :10], past_key_values=cache)
+        model(ids[:, 10:11], past_key_values=cache)
+    assert seen[0] is None and seen[-1].shape == (2, 1, 1, 2)
