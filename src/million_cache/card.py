@@ -92,11 +92,9 @@ def _bits(config: PQConfig) -> str:
 
 
 def _base_model(provenance: dict[str, Any]) -> str | None:
-    """A hub id, if the provenance holds one."""
-    name = provenance.get("base_model") or provenance.get("model")
-    if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).exists():
-        return None
-    return name
+    """A hub id, if the calibration found one (`loading.origin`): later nobody can tell one from a relative directory."""
+    name = provenance.get("base_model")
+    return name if isinstance(name, str) and name.count("/") == 1 else None
 
 
 def _usage(base: str | None) -> str:

@@ -177,10 +177,15 @@ def calibrate(
         from million_cache.programs import calibrate_text, held_out_kl
         from million_cache.report import poor_heads
 
+        out = out.expanduser()
+        if len(preset) > 1 and out.name in ("", ".."):
+            raise ValueError(f"a directory for each preset cannot be named after {out}: give a name")
         outs = [out] if len(preset) == 1 else [out.with_name(f"{out.name}-{p.value}") for p in preset]
         for directory in outs:
             if directory.is_file():
                 raise ValueError(f"{directory} is a file; give a directory to write to")
+            if directory.is_dir():
+                _check_writable(directory / "any")
         most = 16 * tokens  # characters: few tokenizers make longer tokens
         source, body = read_texts(text, most) if text else _text(None, "calibration")
         configs = [with_window(PQConfig.preset(p.value), recent, sinks) for p in preset]
@@ -295,9 +300,11 @@ def evaluate(
         from million_cache.programs import evaluate_text, load_codebooks, result_table
 
         if json_out:
-            _check_writable(json_out)
+            _check_writable(json_out, is_file=True)
         if record and not Path(codebooks).expanduser().is_dir():
             raise ValueError(f"cannot record the result with the codebooks: {codebooks} is not a directory")
+        if record:
+            _check_writable(Path(codebooks).expanduser() / "any")
         books = load_codebooks(codebooks)
         source, body = _text(text, "evaluation")
         loaded, tokenizer = _load(model, device, dtype)
@@ -314,13 +321,13 @@ def evaluate(
             position_offset=position_offset,
         )
         result = {**result, "model": model, "codebooks": codebooks}
+        console.print(result_table(result))
         if json_out:
             with atomic_path(json_out) as partial:
                 partial.write_text(json.dumps(result, indent=2) + os.linesep, encoding="utf-8")
         if record:
             books.provenance["evaluation"] = {key: result[key] for key in EVALUATION_KEYS}
             books.save_pretrained(Path(codebooks).expanduser())
-        console.print(result_table(result))
 
 
 @app.command()
@@ -500,10 +507,15 @@ def inspect(
             err.print(f"Wrote {plot}.")
 
 
-def _check_writable(out: Path) -> None:
-    """Before any work. Raises ValueError if there is no directory to write ``out`` into."""
+def _check_writable(out: Path, is_file: bool = False) -> None:
+    """Before any work. Raises ValueError if there is no directory to write ``out`` into, or it cannot be written to, or ``out`` is no
+    name; or a directory where ``is_file``, else it is only what names begin with."""
+    if out.name in ("", "..") or (is_file and out.is_dir()):
+        raise ValueError(f"cannot write {out}: it is a directory")
     if not out.parent.is_dir():
         raise ValueError(f"cannot write {out}: there is no directory {out.parent}")
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"cannot write {out}: no permission to write to {out.parent}")
 
 
 def _named_codebooks(sources: Iterable[str]) -> dict[str, Any]:

@@ -264,7 +264,7 @@ class Codebooks:
         They are written to a folder of their own and renamed, so an interruption leaves either the old state or the new one; between the
         renames of two existing files it can leave a pair that `from_pretrained` refuses.
         """
-        directory = Path(directory)
+        directory = Path(directory).expanduser()
         compact = self.compact if compact is None else compact
         directory.parent.mkdir(parents=True, exist_ok=True)
         # Inside it if it exists: it may be a mount point, and a rename stays on one file system.

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -199,6 +199,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What a caller's `torch.autocast` and `torch.inference_mode` would change is as without them: dtypes, and that gradients exist."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))  # which turns gradients on
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def _frequencies(model: nn.Module) -> list[Tensor]:
     """Every distinct set of RoPE frequencies among the model's buffers, fp32 clones."""
     found: list[Tensor] = []
@@ -260,7 +271,7 @@ def measure_rotations(model: PreTrainedModel) -> dict[int, Rotation]:
     token = (config.vocab_size // 2) % config.vocab_size
     ids = torch.full((1, PROBE_TOKENS), token, device=model.device)
     cache = _KeyRecorder(config)
-    with evaluating(model):
+    with undisturbed(), evaluating(model):
         taken = cache_argument(model.base_model, cache)
         model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **taken)
     candidates = _frequencies(model)
@@ -300,7 +311,7 @@ def _embedding_sketch(model: PreTrainedModel, vocabulary: int) -> str:
     """A few embedding entries as base64 of bf16, looked up through the module: that works for quantised ones too."""
     embedding = model.get_input_embeddings()
     ids = torch.linspace(0, vocabulary - 1, EMBEDDING_ROWS, dtype=torch.float64).long().to(model.device)
-    with evaluating(model):
+    with undisturbed(), evaluating(model):
         rows = embedding(ids)[:, :EMBEDDING_CHANNELS]
     return base64.b64encode(rows.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()).decode()
 

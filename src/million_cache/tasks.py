@@ -134,13 +134,22 @@ def multikey(rng: random.Random) -> _Facts:
 
 def lookup(rng: random.Random) -> _Facts:
     """RULER's hardest retrieval: the haystack is nothing but pairs of key and value; 4 of them are asked for."""
-    every = iter(_names(rng, len(ADJECTIVES) * len(NOUNS)))
+    count = len(ADJECTIVES) * len(NOUNS)
+    every = iter(_names(rng, count))
+
+    def pair() -> str:
+        if (name := next(every, None)) is None:
+            raise ValueError(
+                f"lookup: the haystack needs more than the {count} keys that there are; give a shorter length"
+            )
+        return f"{name}: {_number(rng)}\n"
+
     asked = [(next(every), _number(rng)) for _ in range(4)]
     return _Facts(
         "A list of keys and their values follows. Memorize it.\n\n",
         [f"{name}: {number}\n" for name, number in asked],
         [(f"\nThe value of one key in the list above is repeated here:\n{name}:", f" {number}") for name, number in asked],
-        filler=lambda: f"{next(every)}: {_number(rng)}\n",
+        filler=pair,
     )  # fmt: skip
 
 
@@ -212,7 +221,8 @@ def make_examples(
         seed: of everything random; an example depends on it and on task, length, depth and its number alone.
 
     Raises:
-        ValueError: an unknown task, a depth out of range, a haystack too short for its facts, or a text shorter than it.
+        ValueError: an unknown task, a depth out of range, a haystack too short for its facts, a text shorter than it, or one with more
+            pairs than `lookup` has keys.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}, choose one of {', '.join(TASKS)}")

@@ -25,7 +25,7 @@ def pq_encode(x: Tensor, codebook: Tensor) -> Tensor:
     codes = torch.empty(B, H, T, S, dtype=torch.uint8, device=x.device)
     step = max(1, ENCODE_CHUNK // max(1, B * H * S * C))
     for t in range(0, T, step):
-        part = x[:, :, t : t + step].float().reshape(B, H, -1, S, 1, d)
+        part = x[:, :, t : t + step].float().reshape(B, H, min(step, T - t), S, 1, d)
         distance = (part - table).square().sum(-1)  # [B, H, t, S, C]
         codes[:, :, t : t + step] = distance.argmin(-1).to(torch.uint8)
     return codes

@@ -513,3 +513,42 @@ def test_version_of_a_tree_that_is_not_installed(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert package_version() == "source"
+
+
+@pytest.mark.parametrize(
+    "around", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode], ids=["autocast", "inference_mode"]
+)
+def test_what_the_caller_is_in_changes_nothing(around):
+    """Distances of k-means in bf16 were garbage, and gradients do not exist in inference mode."""
+    arguments = {"config": replace(CONFIG, recent_tokens=16), "sensitivity_tokens": 512, "finetune_steps": 1}
+    model = tiny_llama()
+    want = quick(model, **arguments)
+    with around():
+        found = quick(model, **arguments)
+    for i, layer in want.layers.items():
+        assert all(torch.equal(x, found.layers[i].tensors[name]) for name, x in layer.tensors.items())
+    assert found.fingerprint == want.fingerprint
+
+
+def test_what_cannot_be_calibrated_is_said_at_once(monkeypatch):
+    monkeypatch.setattr("million_cache.calibration.measure_rotations", lambda model: pytest.fail("the model has run"))
+    with pytest.raises(TypeError, match=r"tokens must be a tensor of token ids, .* got list"):
+        quick(tiny_llama(), [1, 2, 3])
+    with pytest.raises(TypeError, match=r"must be a PQConfig, .* got '4bit'"):
+        quick(tiny_llama(), config="4bit")
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16, got float64"):
+        quick(tiny_llama().double())
+    if not torch.cuda.is_available():
+        with pytest.raises((RuntimeError, AssertionError), match="CUDA"):
+            quick(tiny_llama(), device="cuda")
+
+
+def test_what_is_left_out_is_said():
+    """Gradients of contexts that the window covers, and bits by layer where there is one choice."""
+    with pytest.warns(UserWarning, match="no context is longer than the 300 tokens that stay exact"):
+        books = quick(tiny_llama(), config=replace(CONFIG, recent_tokens=300, sink_tokens=0))
+    assert books.provenance["sensitivity_tokens"] == 0
+    config = PQConfig(k_subspace_dim=2, v_subspace_dim=2, frame_tokens=64, recent_tokens=16)
+    with pytest.warns(UserWarning, match="allocate leaves no choice at 4 bits"):
+        books = quick(tiny_llama(), tokens(2000), config, allocate=True, sensitivity_tokens=512)
+    assert books.provenance["allocate"] is False and not books.config.allocation

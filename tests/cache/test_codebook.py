@@ -223,11 +223,16 @@ def test_card_gives_no_directory_as_the_base_model(books, name):
     assert "KV cache of a llama model" in model_card(books)
 
 
-def test_card_of_a_relative_directory_that_exists(books, tmp_path, monkeypatch):
-    (tmp_path / "org" / "model").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
+def test_card_of_a_relative_directory(books):
+    """Wherever the card is written: whether it is one was known at the calibration alone."""
     books.provenance = {"model": "org/model"}
     assert "base_model" not in metadata(model_card(books))
+
+
+def test_a_directory_of_the_users_own(books, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    books.save_pretrained("~/books")
+    assert (tmp_path / "books").is_dir() and Codebooks.from_pretrained("~/books").nbytes == books.nbytes
 
 
 def test_card_says_how_they_were_calibrated(books):

@@ -11,6 +11,7 @@ import torch
 from million_cache.calibration import calibrate_all, checkpoint
 from million_cache.calibration.checkpoint import Checkpoint, delete_checkpoint
 from tests.cache.test_calibration import CONFIG, tokens
+from tests.cache.test_models import YARN
 from tests.cache.tiny_models import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:codebooks trained on")
@@ -100,6 +101,7 @@ def test_it_reads_no_text_again_once_the_layers_are_trained(tmp_path, monkeypatc
         ({"finetune_steps": 4}, r"finetune_steps \(3, now 4\)"),
         ({"sensitivity_tokens": 0}, r"sensitivity_contexts \(2, now 0\)"),
         ({"model": tiny_llama(seed=1)}, "differs in weights:"),
+        ({"model": tiny_llama(rope_parameters=YARN)}, "differs in model_config:"),
         ({"model": tiny_llama().bfloat16()}, r"model_dtype \(\"torch.float32\", now \"torch.bfloat16\"\)"),
     ],
 )

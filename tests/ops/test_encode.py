@@ -135,4 +135,6 @@ def test_decode_rounds_to_nearest_even():
 
 def test_encoding_no_token():
     codebook = torch.randn(2, 256, 32, 2).half()
-    assert pq_encode(torch.randn(1, 2, 0, 64), codebook).shape == (1, 2, 0, 32)
+    for encode in (pq_encode, reference.pq_encode):
+        assert encode(torch.randn(1, 2, 0, 64), codebook).shape == (1, 2, 0, 32)
+        assert encode(torch.randn(0, 2, 3, 64), codebook).shape == (0, 2, 3, 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -300,6 +301,25 @@ def test_evaluate_writes_every_key_and_honours_every_flag(million, model_dir, bo
     assert got["bits_per_element"] == 1
     assert "KL" in result.stdout
     assert {x.name for x in tmp_path.iterdir()} == {"text.txt", "result.json"}
+
+
+def test_where_results_cannot_go_is_said_first(million, model_dir, books_dir, tmp_path, monkeypatch):
+    """Before anything is evaluated or trained: directories in place of a file, and those that cannot be written to."""
+    monkeypatch.setattr("million_cache.programs.evaluate_text", lambda *a, **kw: pytest.fail("it evaluates"))
+    run = ("evaluate", "--model", model_dir, "--codebooks", books_dir)
+    assert_says(million(*run, "--json", tmp_path), "it is a directory")
+    assert_says(million(*run, "--json", "."), "it is a directory")
+    assert_says(
+        million("calibrate", "--model", model_dir, "--out", "..", "--preset", "4bit", "--preset", "2bit"), "give a name"
+    )
+    refused = set()
+    monkeypatch.setattr("million_cache.cli.os.access", lambda path, mode: mode != os.W_OK or path not in refused)
+    refused.add(tmp_path)
+    assert_says(million(*run, "--json", tmp_path / "x.json"), "no permission to write")
+    assert_says(million("calibrate", "--model", model_dir, "--out", tmp_path), "no permission to write")
+    shutil.copytree(books_dir, tmp_path / "books")
+    refused.add(tmp_path / "books")
+    assert_says(million(*run[:3], "--codebooks", tmp_path / "books", "--record"), "no permission to write")
 
 
 def test_evaluate_takes_the_codebooks_own_window_and_the_shipped_text(million, model_dir, books_dir, tmp_path):

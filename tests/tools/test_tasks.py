@@ -73,6 +73,12 @@ def test_a_seed_means_the_same_examples_and_another_one_others(tokenizer):
     assert torch.equal(alone.haystack, among.haystack)
 
 
+def test_more_pairs_than_there_are_keys(tokenizer, monkeypatch):
+    monkeypatch.setattr("million_cache.tasks.ADJECTIVES", ["small"])
+    with pytest.raises(ValueError, match=r"lookup: the haystack needs more than the .* keys that there are"):
+        examples(tokenizer, "lookup", 2048)
+
+
 def test_haystacks_open_as_a_prompt_does(tokenizer):
     class WithBos:
         bos_token_id = 0
@@ -252,6 +258,7 @@ def test_mistakes_are_named(million, model_dir, books_dir, tmp_path):
     run = ("tasks", "--model", model_dir, "--codebooks", books_dir)
     for arguments, words in (
         (("--out", tmp_path / "gone" / "x"), "there is no directory"),
+        (("--out", "."), "it is a directory"),
         (("--out", tmp_path / "x", "--task", "sing"), "unknown task"),
         (("--out", tmp_path / "x", "--length", 256, "--task", "multikey"), "too few"),
         (("--out", tmp_path / "x", "--length", 400, "--task", "needle", "--recent", 300), "can hold the answer"),

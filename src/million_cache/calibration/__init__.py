@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 import warnings
@@ -28,7 +29,8 @@ from million_cache.calibration.sensitivity import measure_sensitivity
 from million_cache.calibration.train import train_layer
 from million_cache.codebook import Codebooks, LayerCodebooks, LayerReport
 from million_cache.config import PQConfig, package_version
-from million_cache.models import check_length, check_supported, fingerprint, measure_rotations
+from million_cache.loading import origin
+from million_cache.models import check_length, check_supported, fingerprint, measure_rotations, undisturbed
 from million_ops.layout import CENTROIDS, SUBSPACE_DIMS
 
 MIN_TOKENS = 4 * CENTROIDS  # below, most centroids would be single tokens
@@ -66,6 +68,13 @@ def _weights_hash(model: PreTrainedModel) -> str:
     return found.hexdigest()
 
 
+def _config_hash(model: PreTrainedModel) -> str:
+    """Of everything in the configuration that may change what the layers compute, RoPE's parameters among it."""
+    others = "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"
+    values = {key: x for key, x in model.config.to_dict().items() if key not in others}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _settings(
     model: PreTrainedModel, sequences: list[Tensor], configs: Sequence[PQConfig], device: torch.device, **others: Any
 ) -> dict[str, Any]:
@@ -75,6 +84,7 @@ def _settings(
     return {
         "model": model.config.name_or_path,
         "weights": _weights_hash(model),
+        "model_config": _config_hash(model),
         "model_dtype": str(model.dtype),
         "model_device": model.device.type,
         "device": device.type,
@@ -165,7 +175,8 @@ def calibrate(
     direction (`sensitivity.py`), and k-means centroids. A layer whose keys do not rotate has no frames; one whose rotation is not recognised neither, with a warning.
 
     Args:
-        model: any causal model that `check_supported` accepts, in any dtype.
+        model: any causal model that `check_supported` accepts, in float32, bfloat16 or float16, also with quantised weights.
+            `torch.autocast` around the call has no effect.
         tokens: token ids [T] or [B, T]; rows are cut into contexts. 8192 tokens of mixed text are good, more are a little better.
         config: bits, frames and window.
         seed: of everything random; the result is the same for the same seed on one machine.
@@ -189,7 +200,8 @@ def calibrate(
             (`delete_checkpoint`) when the codebooks are saved. None: nothing is kept.
 
     Raises:
-        ValueError: too few tokens (says how many are needed; fine-tuning wants two contexts), ids outside the vocabulary, NaN or
+        TypeError: tokens that are no tensor, or a configuration that is no `PQConfig`.
+        ValueError: a float64 model, too few tokens (says how many are needed; fine-tuning wants two contexts), ids outside the vocabulary, NaN or
             inf in the activations or the predictions, a centroid beyond fp16 (says layer and head), a context beyond the model's
             RoPE, frames required and not possible, or a ``resume_dir`` with other arguments' calibration (says which differ) or
             other files.
@@ -226,6 +238,15 @@ def calibrate_all(
     Raises:
         ValueError: no configuration, or windows or sinks that differ.
     """
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens must be a tensor of token ids, [T] or [B, T], got {type(tokens).__name__}")
+    for c in configs:
+        if not isinstance(c, PQConfig):
+            raise TypeError(f"a configuration must be a PQConfig, such as PQConfig.preset('4bit'), got {c!r}")
+    if model.dtype == torch.float64:
+        raise ValueError("the model must be in float32, bfloat16 or float16, got float64")
+    device = torch.device(model.device if device is None else device)
+    torch.empty(0, device=device)  # raises where there is none
     if len({(c.recent_tokens, c.sink_tokens) for c in configs}) != 1:
         raise ValueError("configurations that are calibrated together need the same recent_tokens and sink_tokens")
     if any(c.allocation for c in configs):
@@ -238,7 +259,8 @@ def calibrate_all(
             f"need iterations >= 1, finetune_steps >= 0 and context > {config.sink_tokens} sink tokens, got {iterations}, "
             f"{finetune_steps} and {context}"
         )
-    text = sequences = _sequences(tokens, context, config.sink_tokens)
+    with undisturbed():  # gradients are not taken of tensors that were made in it
+        text = sequences = _sequences(tokens.clone(), context, config.sink_tokens)
     window = config.recent_tokens + config.sink_tokens
     # Configurations to train for each that is asked for: itself, or those whose layers it is put together from.
     parts = [_candidates(c) if allocate else [c] for c in configs]
@@ -278,8 +300,17 @@ def calibrate_all(
         )
 
     generator = torch.Generator().manual_seed(seed)
-    device = torch.device(model.device if device is None else device)
     chosen = _spread(sequences, sensitivity_tokens, window)
+    if sensitivity_tokens and not chosen:
+        warnings.warn(
+            f"no context is longer than the {window} tokens that stay exact, so the gradients cannot be measured: the codebooks are worse for it",
+            stacklevel=3,
+        )
+    for c, tried in zip(configs, parts):
+        if allocate and len(tried) == 1:
+            warnings.warn(
+                f"allocate leaves no choice at {c.bits_per_element:g} bits: every layer has the same", stacklevel=3
+            )
     if allocate and not chosen:
         raise ValueError(
             "bits are allocated by gradients: allocate needs sensitivity_tokens > 0 and several contexts beyond the window"
@@ -292,7 +323,7 @@ def calibrate_all(
         )  # fmt: skip
         saved = Checkpoint(resume_dir, settings)
     shared: dict[str, float] = {}
-    with _progress(progress) as bar:
+    with _progress(progress) as bar, undisturbed():
         samples: dict[int, LayerSample] = {}
         positions = torch.empty(0)
         names = [f"layer-{n}-{m}-{i}" for n, tried in enumerate(parts) for m in range(len(tried)) for i in rotations]
@@ -361,18 +392,18 @@ def calibrate_all(
                 layers = found.layers
                 tuned = {"finetune_held_out_kl": [found.before, found.after], "finetune_best_step": found.step}
             seconds = {phase: round(x, 2) for phase, x in seconds.items()}
-            trained.append((config, layers, report, {"seconds": seconds, **tuned}))
+            trained.append((config, layers, report, {"allocate": len(tried) > 1, "seconds": seconds, **tuned}))
 
     used = torch.cat(text)
     provenance = {
         "model": model.config.name_or_path,
+        **origin(model.config.name_or_path),
         "tokens": len(used),
         "tokens_sha256": hashlib.sha256(used.to(torch.int32).numpy().tobytes()).hexdigest(),
         "context": context,
         "seed": seed,
         "iterations": iterations,
         "sensitivity_tokens": sum(len(sequences[i]) for i in chosen),
-        "allocate": allocate,
         "finetune_steps": finetune_steps,
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,

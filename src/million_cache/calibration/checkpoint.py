@@ -39,7 +39,7 @@ class Checkpoint:
     """
 
     def __init__(self, directory: str | os.PathLike | None = None, settings: dict[str, Any] | None = None) -> None:
-        self.directory = None if directory is None else Path(directory)
+        self.directory = None if directory is None else Path(directory).expanduser()
         if self.directory is None:
             return
         settings = json.loads(json.dumps(settings or {}))  # as they come back from the file
