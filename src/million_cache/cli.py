@@ -131,7 +131,7 @@ def calibrate(
         bool,
         typer.Option(
             "--allocate",
-            help="Layers, keys and values get bits of their own, by what the predictions lose, within the preset's bytes.",
+            help="Layers, keys and values get bits of their own, by what the predictions lose, within the preset's bytes (3bit and 2bit).",
         ),
     ] = False,
     finetune_steps: Annotated[

@@ -28,7 +28,8 @@ codebooks only ever see rotations within a frame; attention turns the query the 
 product is unchanged.
 
 All ops raise ValueError or RuntimeError for a wrong shape, dtype or device, naming the argument, what was given and what
-is needed. None synchronises with the device or allocates by a length that only the device knows.
+is needed. None synchronises with the device or allocates by a length that only the device knows. They are for inference: no
+gradient passes through them.
 """
 
 from __future__ import annotations
