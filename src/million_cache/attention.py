@@ -19,7 +19,7 @@ from transformers.masking_utils import (
 )
 
 from million_cache import long_chunk
-from million_cache.cache import KVHandle, MillionLayer, SlidingLayer, autocast
+from million_cache.cache import KVHandle, MillionLayer, SlidingLayer
 from million_cache.models import check_supported, fingerprint, text_config
 from million_cache.state import ATTENTION, Enabled, PaddingCheck, enabled, forget_enabled, record_enabled
 
@@ -170,7 +170,9 @@ def million_attention(module, query, key, value, attention_mask, dropout=0.0, sc
         )
     if dropout:
         raise NotImplementedError(f"attention from codes is for inference: dropout must be 0, got {dropout}")
-    layer, fresh, n, query = key.layer, key.fresh, query.shape[2], autocast(query)
+    layer, fresh, n = key.layer, key.fresh, query.shape[2]
+    if torch.is_autocast_enabled(query.device.type):
+        query = query.to(layer.dtype)  # as the cache's keys and values: see `MillionStaticCache.update`
     if (config := getattr(module, "config", layer.state.config)) is not layer.state.config:
         layer.state.check_model(config)
     is_pair = attention_mask is not None and attention_mask.dtype == torch.int32

@@ -424,7 +424,7 @@ class MillionStaticCache(StaticCache):
         codebooks: from `calibrate` or `Codebooks.from_pretrained`.
         max_cache_len: tokens a row can hold.
         batch_size, device, dtype: allocate now instead of at the first forward; needed before a forward that is itself
-            compiled. ``device`` defaults to the CPU, ``dtype`` to the config's.
+            compiled. ``device`` defaults to the CPU, ``dtype`` to the config's (under `torch.autocast` any will do).
         recent_tokens, sink_tokens: override the codebooks' `PQConfig`; fewer than they were trained for bring a warning.
         first_position: position of a row's first valid token; not 0 only when ``position_ids`` are shifted.
 
@@ -541,12 +541,12 @@ class MillionStaticCache(StaticCache):
         pq = pq.config if isinstance(pq, Codebooks) else pq
         H, D, B = kv_heads(text), head_dim(text), batch_size
         quantised = full_attention_layers(text)
+        exact = min(pq.recent_tokens, max_cache_len) + min(pq.sink_tokens, max_cache_len)
         total = 3 * 8 + 2 * 4 * B  # clock, start, origin
         for dims in pq.subspace_dims(len(quantised)):
             # fp32: the choice between the layouts of one device does not change their size, and needs the device.
             for layout, d in zip(million_ops.layouts_for(device_type, D, *dims, torch.float32), dims):
                 total += math.prod(layout.packed_shape(B, H, max_cache_len, D // d))
-                exact = min(pq.recent_tokens, max_cache_len) + min(pq.sink_tokens, max_cache_len)
                 total += B * H * D * exact * dtype.itemsize
         for i, layer in enumerate(StaticCache(config=config, max_cache_len=max_cache_len).layers):
             if i not in quantised and isinstance(layer, StaticLayer):
@@ -602,7 +602,12 @@ class MillionStaticCache(StaticCache):
         """See `MillionLayer.update`. In the model's first layer, before any has written: ValueError for more tokens than fit,
         another batch size, dtype or device, torch.cuda.OutOfMemoryError if the cache is not allocated and does not fit, RuntimeError
         after a forward that died where sliding-window layers cannot take its tokens back."""
-        key_states, value_states = autocast(key_states), autocast(value_states)
+        if torch.is_autocast_enabled(
+            key_states.device.type
+        ):  # keys that were rotated are in fp32 there, values are not
+            layer = self.layers[layer_idx]
+            dtype = layer.dtype if layer.is_initialized else torch.get_autocast_dtype(key_states.device.type)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if layer_idx == 0 and not torch.compiler.is_compiling():
             quantised = self.layers[min(self.state.codebooks.layers)]
             first = self.layers[0]
@@ -743,12 +748,6 @@ def _unwrapped(model: object) -> PreTrainedModel | None:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return model if isinstance(model, PreTrainedModel) else None
-
-
-def autocast(x: Tensor) -> Tensor:
-    """x in the dtype that attention has under `torch.autocast`, where keys that were rotated are in fp32 and values are not."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _warn_without_kernels(device: torch.device) -> None:

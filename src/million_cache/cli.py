@@ -185,7 +185,7 @@ def calibrate(
             if directory.is_file():
                 raise ValueError(f"{directory} is a file; give a directory to write to")
             if directory.is_dir():
-                _check_writable(directory / "any")
+                _check_permission(directory)
         most = 16 * tokens  # characters: few tokenizers make longer tokens
         source, body = read_texts(text, most) if text else _text(None, "calibration")
         configs = [with_window(PQConfig.preset(p.value), recent, sinks) for p in preset]
@@ -304,7 +304,7 @@ def evaluate(
         if record and not Path(codebooks).expanduser().is_dir():
             raise ValueError(f"cannot record the result with the codebooks: {codebooks} is not a directory")
         if record:
-            _check_writable(Path(codebooks).expanduser() / "any")
+            _check_permission(Path(codebooks).expanduser())
         books = load_codebooks(codebooks)
         source, body = _text(text, "evaluation")
         loaded, tokenizer = _load(model, device, dtype)
@@ -508,14 +508,19 @@ def inspect(
 
 
 def _check_writable(out: Path, is_file: bool = False) -> None:
-    """Before any work. Raises ValueError if there is no directory to write ``out`` into, or it cannot be written to, or ``out`` is no
-    name; or a directory where ``is_file``, else it is only what names begin with."""
+    """Before any work: ``out`` is a file, or what the names of files begin with. Raises ValueError if it is no name, is a directory in
+    place of the file, or has no directory that can be written to."""
     if out.name in ("", "..") or (is_file and out.is_dir()):
         raise ValueError(f"cannot write {out}: it is a directory")
     if not out.parent.is_dir():
         raise ValueError(f"cannot write {out}: there is no directory {out.parent}")
-    if not os.access(out.parent, os.W_OK):
-        raise ValueError(f"cannot write {out}: no permission to write to {out.parent}")
+    _check_permission(out.parent)
+
+
+def _check_permission(directory: Path) -> None:
+    """Before any work. Raises ValueError if nothing can be written into a directory."""
+    if not os.access(directory, os.W_OK):
+        raise ValueError(f"no permission to write to {directory}")
 
 
 def _named_codebooks(sources: Iterable[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -89,15 +90,20 @@ def _one_geometry(config: PreTrainedConfig) -> PreTrainedConfig:
 def full_attention_layers(config: PreTrainedConfig) -> list[int]:
     """Indices of the layers whose cache grows with the sequence, as transformers itself classifies them, and of those whose sliding
     window is longer than the longest sequence (Phi-3 with 128k tokens)."""
+    return list(_windows(config))
+
+
+def _windows(config: PreTrainedConfig) -> dict[int, float]:
+    """Tokens that a query of each of the `full_attention_layers` can see."""
     config = text_config(config)
-    longest = getattr(config, "max_position_embeddings", None)
-
-    def grows(layer: DynamicLayer) -> bool:
+    longest = getattr(config, "max_position_embeddings", None) or math.inf
+    found = {}
+    for i, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) is DynamicLayer:
-            return True
-        return type(layer) is DynamicSlidingWindowLayer and longest is not None and layer.sliding_window >= longest
-
-    return [i for i, layer in enumerate(DynamicCache(config=config).layers) if grows(layer)]
+            found[i] = math.inf
+        elif type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= longest:
+            found[i] = layer.sliding_window
+    return found
 
 
 def check_supported(config: PreTrainedConfig) -> None:
@@ -146,11 +152,7 @@ def check_length(config: PreTrainedConfig, max_cache_len: int) -> None:
             quantised because it is longer than the model's longest sequence.
     """
     config = text_config(config)
-    layers = DynamicCache(config=config).layers
-    window = min(
-        (getattr(layers[i], "sliding_window", None) or max_cache_len for i in full_attention_layers(config)),
-        default=max_cache_len,
-    )
+    window = min(_windows(config).values(), default=math.inf)
     if window < max_cache_len:
         raise ValueError(
             f"{config.model_type}: quantised layers have a sliding window of {window} tokens; max_cache_len must be at most that, got "

@@ -275,10 +275,12 @@ def test_padding_that_sees_itself(enabled, books, ids):
     assert cache.state.clocks[0].start.tolist() == [start, start]
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["lazily", "in fp32"])
 @pytest.mark.parametrize("enable_it", [True, False], ids=["enabled", "dequantised"])
 @pytest.mark.filterwarnings("ignore:attention implementation")
-def test_autocast(model, books, ids, enable_it):
-    """Keys are rotated in fp32 there and values are not: the cache holds both in autocast's dtype, as the dense attention reads them."""
+def test_autocast(model, books, ids, enable_it, dtype):
+    """Keys are rotated in fp32 there and values are not: the cache holds both in autocast's dtype, as the dense attention reads them, or
+    in the one that it was allocated with."""
     if enable_it:
         enable(model)
     try:
@@ -288,12 +290,13 @@ def test_autocast(model, books, ids, enable_it):
                 chunks = (ids[:, :10], ids[:, 10:11], ids[:, 11:20])
                 return torch.cat([model(x, past_key_values=cache).logits for x in chunks], 1)
 
-            cache = MillionStaticCache(model.config, books, MAX_LEN)
+            now = {} if dtype is None else {"batch_size": 2, "device": ids.device, "dtype": dtype}
+            cache = MillionStaticCache(model.config, books, MAX_LEN, **now)
             got, want = run(cache), run(DynamicCache(config=model.config))
         exact = logits(model, ids[:, :20], DynamicCache(config=model.config))
     finally:
         disable(model)
-    assert all(x.dtype == torch.bfloat16 for x in (*cache.layers[0].ring, *cache.layers[0].sinks))
+    assert all(x.dtype == (dtype or torch.bfloat16) for x in (*cache.layers[0].ring, *cache.layers[0].sinks))
     assert (got.float() - exact).norm() <= 1.5 * (want.float() - exact).norm()
 
 

@@ -201,10 +201,10 @@ def calibrate(
 
     Raises:
         TypeError: tokens that are no tensor, or a configuration that is no `PQConfig`.
-        ValueError: a float64 model, too few tokens (says how many are needed; fine-tuning wants two contexts), ids outside the vocabulary, NaN or
-            inf in the activations or the predictions, a centroid beyond fp16 (says layer and head), a context beyond the model's
-            RoPE, frames required and not possible, or a ``resume_dir`` with other arguments' calibration (says which differ) or
-            other files.
+        ValueError: a float64 model, too few tokens (says how many are needed; fine-tuning wants two contexts), ids outside the
+            vocabulary, NaN or inf in the activations or the predictions, a centroid beyond fp16 (says layer and head), a context
+            beyond the model's RoPE, frames required and not possible, or a ``resume_dir`` with other arguments' calibration (says
+            which differ) or other files.
         NotImplementedError: a model that cannot be served, see `check_supported`.
     """
     (codebooks,) = calibrate_all(
@@ -259,7 +259,7 @@ def calibrate_all(
             f"need iterations >= 1, finetune_steps >= 0 and context > {config.sink_tokens} sink tokens, got {iterations}, "
             f"{finetune_steps} and {context}"
         )
-    with undisturbed():  # gradients are not taken of tensors that were made in it
+    with undisturbed():  # no gradient goes through what was made in inference mode, token ids among it
         text = sequences = _sequences(tokens.clone(), context, config.sink_tokens)
     window = config.recent_tokens + config.sink_tokens
     # Configurations to train for each that is asked for: itself, or those whose layers it is put together from.
