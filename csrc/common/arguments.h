@@ -118,6 +118,35 @@ inline Strided strided_of(const Tensor& x, int64_t element, Copies& copies) {
   return {static_cast<const char*>(copies.back().const_data_ptr()), sizes[1] * head, head, token};
 }
 
+// Packed codes of a codebook; fills in its layout and slots.
+inline void check_codes(const char* name, const Tensor& codes, int64_t layout, int64_t B, int64_t H, Coded& to,
+                        const Tensor& like) {
+  REQUIRE(layout >= 0 && layout < kLayouts, "unknown layout_id ", layout,
+          "; this version knows 0 (plain), 1 (rows64), 2 (mma_k), 3 (mma_v)");
+  constexpr const char* kPacked[] = {"packed as plain", "packed as rows64", "packed as mma_k", "packed as mma_v"};
+  REQUIRE(to.S % subspace_step(layout) == 0, name, " cannot be ", kPacked[layout], ": ", to.S,
+          " subspaces are not a multiple of ", subspace_step(layout));
+  check_shape(name, codes, {B, H, kAny, tile_tokens(layout) * to.S}, kPacked[layout]);
+  check_dtype(name, codes, ScalarType::Byte, like);
+  to.layout = layout;
+  to.slots = codes.size(2) * tile_tokens(layout);
+}
+
+inline void check_frequencies(const Tensor& inv_freq, int64_t D) {
+  REQUIRE(inv_freq.dim() == 1 && inv_freq.size(0) > 0 && 2 * inv_freq.size(0) <= D,
+          "inv_freq must be [rotary dimensions / 2] with at most ", D / 2, " entries, got ", shown(sizes_of(inv_freq)));
+}
+
+// fp16 [H, D, D] with every matrix column after column, or a copy.
+inline const uint16_t* columns_of(const Tensor& x, Copies& copies) {
+  const int64_t D = x.size(2);
+  const auto strides = x.strides();
+  if (strides[0] == D * D && strides[1] == 1 && strides[2] == D)
+    return static_cast<const uint16_t*>(x.const_data_ptr());
+  copies.push_back(torch::stable::contiguous(torch::stable::transpose(x, 1, 2)));
+  return static_cast<const uint16_t*>(copies.back().const_data_ptr());
+}
+
 // The arguments that describe a cache layer, in the order of the schemas.
 struct LayerTensors {
   const Tensor &k, &v, &k_codebook, &v_codebook;
@@ -129,17 +158,9 @@ struct LayerTensors {
   Copies copies = {};
 
   void attach_codes(const char* name, const Tensor& codes, int64_t layout, int64_t B, int64_t H, Coded& to) {
-    REQUIRE(layout >= 0 && layout < kLayouts, "unknown layout_id ", layout,
-            "; this version knows 0 (plain), 1 (rows64), 2 (mma_k), 3 (mma_v)");
-    constexpr const char* kPacked[] = {"packed as plain", "packed as rows64", "packed as mma_k", "packed as mma_v"};
-    REQUIRE(to.S % subspace_step(layout) == 0, name, " cannot be ", kPacked[layout], ": ", to.S,
-            " subspaces are not a multiple of ", subspace_step(layout));
-    check_shape(name, codes, {B, H, kAny, tile_tokens(layout) * to.S}, kPacked[layout]);
-    check_dtype(name, codes, ScalarType::Byte, k);
+    check_codes(name, codes, layout, B, H, to, k);
     check_contiguous(name, codes);
     to.codes = static_cast<uint8_t*>(codes.data_ptr());
-    to.layout = layout;
-    to.slots = codes.size(2) * tile_tokens(layout);
   }
 
   char* exact(const char* name, const Tensor& x, int64_t B, int64_t H, int64_t tokens, int64_t D, const char* says) {
@@ -153,16 +174,6 @@ struct LayerTensors {
   const T* values_of(const char* name, const Tensor& x, ScalarType dtype) {
     check_dtype(name, x, dtype, k);
     return contiguous_data<T>(x, copies);
-  }
-
-  // [H, D, D] with every matrix column after column, or a copy.
-  const uint16_t* columns_of(const Tensor& x) {
-    const int64_t D = x.size(2);
-    const auto strides = x.strides();
-    if (strides[0] == D * D && strides[1] == 1 && strides[2] == D)
-      return static_cast<const uint16_t*>(x.const_data_ptr());
-    copies.push_back(torch::stable::contiguous(torch::stable::transpose(x, 1, 2)));
-    return static_cast<const uint16_t*>(copies.back().const_data_ptr());
   }
 
   // `attends`: for attention, which takes the transform's inverse.
@@ -183,15 +194,13 @@ struct LayerTensors {
       check_shape(name, *transform, {a.H, a.D, a.D}, "[KV heads, D, D]");
       if (attends && k_layout == kMmaK) {
         check_dtype("k_transform_inv of codes packed as mma_k", *transform, ScalarType::Half, k);
-        a.inverse = columns_of(*transform);
+        a.inverse = columns_of(*transform, copies);
       } else {
         a.transform = values_of<float>(name, *transform, ScalarType::Float);
       }
     }
     if (inv_freq) {
-      REQUIRE(inv_freq->dim() == 1 && inv_freq->size(0) > 0 && 2 * inv_freq->size(0) <= a.D,
-              "inv_freq must be [rotary dimensions / 2] with at most ", a.D / 2, " entries, got ",
-              shown(sizes_of(*inv_freq)));
+      check_frequencies(*inv_freq, a.D);
       const float* frequencies = values_of<float>("inv_freq", *inv_freq, ScalarType::Float);
       a.inv_freq = frame_tokens > 0 ? frequencies : nullptr;
       a.half = inv_freq->size(0);

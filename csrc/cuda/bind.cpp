@@ -12,6 +12,7 @@
 namespace million {
 namespace {
 
+constexpr int64_t kMaxSlots = int64_t(1) << 30;
 constexpr int64_t kMaxQueries = 256;                    // new tokens of one launch
 constexpr int64_t kWorkspaceFloats = int64_t(1) << 26;  // prepared queries of one launch, 256 MiB, if it has several
 
@@ -63,7 +64,7 @@ void check_grid(int64_t B, int64_t H) {
 // Kernels count slots in 32 bits.
 void check_slots(const Layer& layer) {
   for (const Coded* book : {&layer.k, &layer.v})
-    REQUIRE(book->slots <= int64_t(1) << 30, "the CUDA kernels take at most 2^30 slots, got ", book->slots);
+    REQUIRE(book->slots <= kMaxSlots, "the CUDA kernels take at most 2^30 slots, got ", book->slots);
 }
 
 // Whether a layer's codes are the tensor core kernel's. What it cannot run is refused.
@@ -126,6 +127,63 @@ Tensor pq_decode(const Tensor& codes, const Tensor& codebook, ScalarType dtype) 
   const Decode a{contiguous_data<uint8_t>(codes, copies), int(B), int(H), T, book, element, out.mutable_data_ptr()};
   const OnDevice guard(codes);
   check_launch("pq_decode", decode_launch(a, stream_of(codes)));
+  return out;
+}
+
+Tensor pq_dequantize(const Tensor& codes, const Tensor& codebook, const std::optional<Tensor>& transform_inv,
+                     const std::optional<Tensor>& inv_freq, const Tensor& origin, int64_t layout, ScalarType dtype,
+                     int64_t frame_tokens, bool rope_interleaved, int64_t first) {
+  check_shape("codes", codes, {kAny, kAny, kAny, kAny}, "[B, H, tiles, bytes of a tile]");
+  const int64_t B = codes.size(0), H = codes.size(1);
+  Copies copies;
+  Dequantize a{};
+  a.book = coded_of("codebook", codebook, H, kAny, codes, copies);
+  check_codes("codes", codes, layout, B, H, a.book, codes);
+  const int64_t D = a.book.S * a.book.d;
+  a.B = int(B), a.H = int(H), a.D = int(D), a.T = a.book.slots, a.dtype = float_dtype("dtype", dtype);
+  const bool split = transform_inv && transform_inv->scalar_type() == ScalarType::Float;
+  if (transform_inv) {
+    check_shape("transform_inv", *transform_inv, {H, D, D}, "[KV heads, D, D]");
+    check_dtype("transform_inv", *transform_inv, split ? ScalarType::Float : ScalarType::Half, codes);
+    if (split)
+      a.inverse = contiguous_data<float>(*transform_inv, copies);
+    else
+      a.inverse = columns_of(*transform_inv, copies);
+  }
+  check_shape("origin", origin, {B}, "[B]");
+  check_dtype("origin", origin, ScalarType::Int, codes);
+  REQUIRE(frame_tokens >= 0, "frame_tokens must not be negative, got ", frame_tokens);
+  REQUIRE(first >= 0, "first_slot must not be negative, got ", first);
+  if (inv_freq) {
+    check_frequencies(*inv_freq, D);
+    check_dtype("inv_freq", *inv_freq, ScalarType::Float, codes);
+    a.inv_freq = frame_tokens > 0 ? contiguous_data<float>(*inv_freq, copies) : nullptr;
+    a.half = int(inv_freq->size(0));
+  }
+  a.origin = contiguous_data<int32_t>(origin, copies);
+  a.frame_tokens = int(std::min(frame_tokens, kMaxSlots));
+  a.first_slot = int(first);
+  a.interleaved = rope_interleaved;
+  Tensor out = torch::stable::new_empty(codes, {B, H, a.T, D}, dtype);
+  if (out.numel() == 0) return out;
+  const OnDevice guard(codes);
+  check_head_dim(D);
+  check_grid(B, H);
+  REQUIRE(first <= kMaxSlots - a.T, "the CUDA kernels take at most 2^30 slots, got ", a.T, " from slot ", first, " on");
+  for (const void* x : {static_cast<const void*>(a.book.codebook), a.inverse})
+    REQUIRE(reinterpret_cast<uintptr_t>(x) % 16 == 0, "codebook and transform_inv must be aligned to 16 bytes");
+  const auto strides = codes.strides();
+  if (strides[3] == 1 && strides[2] == codes.size(3)) {
+    a.book.codes = static_cast<uint8_t*>(const_cast<void*>(codes.const_data_ptr()));
+    a.row = strides[0], a.head = strides[1];
+  } else {
+    a.book.codes = const_cast<uint8_t*>(contiguous_data<uint8_t>(codes, copies));
+    a.head = codes.size(2) * codes.size(3), a.row = H * a.head;
+  }
+  a.aligned = (reinterpret_cast<uintptr_t>(a.book.codes) | a.row | a.head) % 4 == 0;
+  a.out = out.mutable_data_ptr();
+  check_launch("pq_dequantize",
+               dequantize_launch(a, split, attribute(cudaDevAttrMultiProcessorCount), stream_of(codes)));
   return out;
 }
 
@@ -226,6 +284,7 @@ std::tuple<Tensor, Tensor> pq_attention_lse(MILLION_ATTENTION_PARAMETERS) {
 STABLE_TORCH_LIBRARY_IMPL(million_ops, CUDA, m) {
   m.impl("pq_encode", TORCH_BOX(&million::pq_encode));
   m.impl("pq_decode", TORCH_BOX(&million::pq_decode));
+  m.impl("pq_dequantize", TORCH_BOX(&million::pq_dequantize));
   m.impl("pq_append_", TORCH_BOX(&million::pq_append_));
   m.impl("pq_attention", TORCH_BOX(&million::pq_attention));
   m.impl("pq_attention_lse", TORCH_BOX(&million::pq_attention_lse));

@@ -1,4 +1,4 @@
-// pq_encode, pq_decode and pq_append_: nearest centroids, table lookup, and the write of new tokens to a cache layer.
+// pq_encode and pq_append_: nearest centroids, and the write of new tokens to a cache layer.
 //
 //   code[b,h,t,m] = argmin_c sum_j (x[b,h,t,m,j] - codebook[h,c,m,j])^2, fp32, the lowest index on ties
 //
@@ -319,17 +319,6 @@ __global__ void __launch_bounds__(kThreads, 2) encode_kernel(const Encode a) {
           [&](int t) { return Place{codes + t * a.book.S, kPlain, 0, int(a.book.S)}; });
 }
 
-__global__ void __launch_bounds__(kThreads) decode_kernel(const Decode a) {
-  const int D = a.book.S * a.book.d;
-  const int64_t per_head = a.T * D, total = int64_t(a.B) * a.H * per_head;
-  const __half* codebook = reinterpret_cast<const __half*>(a.book.codebook);
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < total; i += int64_t(gridDim.x) * kThreads) {
-    const int h = i / per_head % a.H, channel = i % D;
-    const uint8_t code = a.codes[i / D * a.book.S + channel / a.book.d];
-    store(a.out, i, __half2float(codebook[(int64_t(h) * kCentroids + code) * D + channel]), a.dtype);
-  }
-}
-
 // x[t] = T x[t]: a thread forms one channel of kSums tokens, T comes in slices of kSlice columns. x has kTokens rows of
 // token_row(D), of which those from `tokens` on may be anything.
 constexpr int kSlice = 32, kSums = 32, kMaxPairs = 4;  // of channels that turn together, a lane: head_dim up to 256
@@ -549,12 +538,6 @@ cudaError_t encode_launch(const Encode& a, cudaStream_t stream) {
   const size_t shared = encode_bytes(a.D, a.book.d);
   cudaFuncSetAttribute(encode_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   encode_kernel<<<grid, kThreads, shared, stream>>>(a);
-  return cudaGetLastError();
-}
-
-cudaError_t decode_launch(const Decode& a, cudaStream_t stream) {
-  const int64_t total = int64_t(a.B) * a.H * a.T * a.book.S * a.book.d;
-  decode_kernel<<<std::min<int64_t>((total + kThreads - 1) / kThreads, 1 << 14), kThreads, 0, stream>>>(a);
   return cudaGetLastError();
 }
 

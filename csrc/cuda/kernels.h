@@ -51,11 +51,28 @@ struct Decode {
   void* out;  // [B, H, T, S * d]
 };
 
+struct Dequantize {
+  Coded book;         // codes packed as its layout
+  int64_t row, head;  // bytes from a row's codes to the next, and from a KV head's
+  bool aligned;       // four codes at a time can be loaded
+  int B, H, D;
+  int64_t T;  // slots
+  DType dtype;
+  void* out;              // [B, H, T, D]
+  const void* inverse;    // T^-1: fp32 [H, D, D] row after row, or fp16 column after column; null for the identity
+  const float* inv_freq;  // [half]; null without frames or rotation
+  const int32_t* origin;  // [B]
+  int half, frame_tokens, first_slot;
+  bool interleaved;
+};
+
 constexpr int kScratch = 34 << 10;  // shared memory of the tensor core kernel beside its tables, at most
 
 // Each launches on `stream` and returns cudaGetLastError(). head_dim: a multiple of 8, at most 256.
 cudaError_t encode_launch(const Encode&, cudaStream_t);
 cudaError_t decode_launch(const Decode&, cudaStream_t);
+// `split`: the inverse is fp32.
+cudaError_t dequantize_launch(const Dequantize&, bool split, int multiprocessors, cudaStream_t);
 // `early`: one token, and its attention is the last thing that was launched: need not wait for it.
 cudaError_t append_launch(const Layer&, bool early, cudaStream_t);
 cudaError_t attention_rows_launch(const Attention&, cudaStream_t);  // layout rows64

@@ -14,7 +14,7 @@ from torch import Tensor
 import million_ops
 from million_cache.cache import MillionLayer
 
-WORKSPACE = 1 << 24  # elements of one decoded tensor: 64 MiB of fp32
+WORKSPACE = 1 << 25  # elements of one decoded tensor: 64 MiB of 16-bit numbers
 LEAST = 1024  # tokens decoded at once
 QUERIES = 512  # from here on decoding pays: by arithmetic, at 32k tokens, the op takes longer from about 300 on
 
@@ -58,25 +58,36 @@ class Merged:
             self.out, self.lse = out.float(), lse
             return
         total = torch.logaddexp(self.lse, lse)
-        self.out.mul_((self.lse - total).exp()[..., None]).add_(out * (lse - total).exp()[..., None])
+        self.out.lerp_(out.float(), (lse - total).exp()[..., None])
         self.lse = total
 
 
-def decoded(layer: MillionLayer, begin: int, end: int, rows: slice) -> tuple[Tensor, Tensor]:
-    """Keys and values [b, H, end - begin, D] of slots ``begin`` .. ``end - 1`` from codes, in the model's dtype."""
+def cached(layer: MillionLayer, begin: int, end: int, rows: slice, start: int, sinks: int, ring: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [b, H, end - begin, D] of slots ``begin`` .. ``end - 1``, in the model's dtype: exact before slot ``sinks`` and
+    from ``ring`` on, else from codes. The rows begin at slot ``start``."""
     books, results = layer.books, []
-    origin = layer.clock.origin[rows]
-    for codes, codebook, inverse, inv_freq, name in (
-        (layer.codes[0], books.k_codebook, books.k_transform_inv, books.inv_freq, "k_layout"),
-        (layer.codes[1], books.v_codebook, None, None, "v_layout"),
+    R, origin = layer.state.recent_tokens, layer.clock.origin[rows]
+    for i, (codebook, inverse, inv_freq, name) in enumerate(
+        (
+            (books.k_codebook, books.k_transform_inv, books.inv_freq, "k_layout"),
+            (books.v_codebook, None, None, "v_layout"),
+        )
     ):
         tile = million_ops.layout_by_id(layer.geometry[name]).tile_tokens
         first = begin // tile
         x = million_ops.pq_dequantize(
-            codes[rows, :, first : -(-end // tile)], codebook, inverse, inv_freq, origin, layer.geometry[name], layer.dtype,
+            layer.codes[i][rows, :, first : -(-end // tile)], codebook, inverse, inv_freq, origin, layer.geometry[name], layer.dtype,
             books.frame_tokens, books.rope_interleaved, first_slot=first * tile,
-        )  # fmt: skip
-        results.append(x[:, :, begin - first * tile : end - first * tile])
+        )[:, :, begin - first * tile : end - first * tile]  # fmt: skip
+        if begin < sinks:
+            x[:, :, : sinks - begin] = layer.sinks[i][rows, :, begin - start : min(sinks, end) - start]
+        slot = max(begin, ring)
+        while slot < end:  # once, or twice where the ring wraps around
+            at = slot % R
+            upto = min(end, slot + R - at)
+            x[:, :, slot - begin : upto - begin] = layer.ring[i][rows, :, at : at + upto - slot]
+            slot = upto
+        results.append(x)
     return results[0], results[1]
 
 
@@ -85,23 +96,16 @@ def _attend(
 ) -> Tensor:
     """`attend_long` for rows that begin at the same slot."""
     B, Hq, n, D = q.shape
-    H, R = k.shape[1], layer.state.recent_tokens
+    H = k.shape[1]
     packed = q.reshape(B, H, Hq // H * n, D)  # the group is more queries
     own = flash(q, k.repeat_interleave(Hq // H, 1), v.repeat_interleave(Hq // H, 1), scale, causal=True)
     merged = Merged()
     merged.add(own[0].reshape(packed.shape), own[1].reshape(packed.shape[:3]))
     sinks = min(start + layer.state.sink_tokens, past)  # where they end
-    ring = max(ring_lo, past - R, sinks)
-    exact = [[x[rows, :, : sinks - start] for x in layer.sinks]]
-    if ring < past:
-        at = torch.arange(ring, past, device=q.device) % R
-        exact.append([x[rows].index_select(2, at) for x in layer.ring])
-    keys, values = (torch.cat(x, 2) for x in zip(*exact))
-    if keys.shape[2]:
-        merged.add(*flash(packed, keys, values, scale))
+    ring = max(ring_lo, past - layer.state.recent_tokens, sinks)
     step = max(LEAST, WORKSPACE // (B * H * D))
-    for begin in range(sinks, ring, step):
-        merged.add(*flash(packed, *decoded(layer, begin, min(begin + step, ring), rows), scale))
+    for begin in range(start, past, step):
+        merged.add(*flash(packed, *cached(layer, begin, min(begin + step, past), rows, start, sinks, ring), scale))
     return merged.out.view(B, Hq, n, D).transpose(1, 2).to(q.dtype)
 
 

@@ -4,8 +4,7 @@ from million_ops import _loader, _schema  # noqa: F401  defines the ops, then lo
 from million_ops._loader import backends, has_kernels
 from million_ops.dispatch import layouts_for
 from million_ops.layout import LAYOUTS, Layout, layout_by_id, pack, unpack
-from million_ops.ops import pq_append_, pq_attention, pq_attention_lse, pq_decode, pq_encode
-from million_ops.reference import pq_dequantize
+from million_ops.ops import pq_append_, pq_attention, pq_attention_lse, pq_decode, pq_dequantize, pq_encode
 
 __all__ = [
     "LAYOUTS",

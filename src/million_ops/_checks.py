@@ -63,6 +63,45 @@ def check_decode(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> None:
     _device("codebook", codebook, codes)
 
 
+def _codes(name: str, codes: Tensor, codebook: Tensor, layout_id: int, batch: int | None, heads: int) -> None:
+    layout = layout_by_id(layout_id)
+    _shape(name, codes, (batch, heads, None, layout.tile_tokens * codebook.shape[2]), f"packed as {layout.name}")
+    _dtype(name, codes, torch.uint8)
+
+
+def _frequencies(inv_freq: Tensor, head_dim: int) -> None:
+    _require(
+        inv_freq.ndim == 1 and 0 < 2 * inv_freq.shape[0] <= head_dim,
+        f"inv_freq must be [rotary dimensions / 2] with at most {head_dim // 2} entries, got {tuple(inv_freq.shape)}",
+    )
+    _dtype("inv_freq", inv_freq, torch.float32)
+
+
+def check_dequantize(
+    codes: Tensor, codebook: Tensor, transform_inv: Tensor | None, inv_freq: Tensor | None, origin: Tensor, layout: int,
+    dtype: torch.dtype, frame_tokens: int, rope_interleaved: bool, first_slot: int,
+) -> None:  # fmt: skip
+    """Packed codes [B, H, tiles, bytes of a tile] against codebook [H, 256, S, d] fp16, with what undoes transform and rotation."""
+    _shape("codes", codes, (None, None, None, None), "[B, H, tiles, bytes of a tile]")
+    B, H = codes.shape[:2]
+    _codebook("codebook", codebook, H, None)
+    D = codebook.shape[2] * codebook.shape[3]
+    _codes("codes", codes, codebook, layout, B, H)
+    _require(dtype in FLOATS, f"dtype must be one of {FLOATS}, got {dtype}")
+    if transform_inv is not None:
+        _shape("transform_inv", transform_inv, (H, D, D), "[KV heads, D, D]")
+        _dtype("transform_inv", transform_inv, torch.float32, torch.float16)
+    if inv_freq is not None:
+        _frequencies(inv_freq, D)
+    _shape("origin", origin, (B,), "[B]")
+    _dtype("origin", origin, torch.int32)
+    _require(frame_tokens >= 0, f"frame_tokens must not be negative, got {frame_tokens}")
+    _require(first_slot >= 0, f"first_slot must not be negative, got {first_slot}")
+    for name, x in (("codebook", codebook), ("transform_inv", transform_inv), ("inv_freq", inv_freq), ("origin", origin)):
+        if x is not None:
+            _device(name, x, codes)
+
+
 def _check_layer(
     k, v, k_codebook, v_codebook, transform, inv_freq, k_codes, v_codes, k_ring, v_ring, k_sinks, v_sinks, clock, start, origin,
     offset, frame_tokens, k_layout, v_layout, attends=False,
@@ -83,18 +122,12 @@ def _check_layer(
         else:
             _dtype(name, transform, torch.float32)
     if inv_freq is not None:
-        _require(
-            inv_freq.ndim == 1 and 0 < 2 * inv_freq.shape[0] <= D,
-            f"inv_freq must be [rotary dimensions / 2] with at most {D // 2} entries, got {tuple(inv_freq.shape)}",
-        )
-        _dtype("inv_freq", inv_freq, torch.float32)
+        _frequencies(inv_freq, D)
     for name, codes, codebook, layout_id in (
         ("k_codes", k_codes, k_codebook, k_layout),
         ("v_codes", v_codes, v_codebook, v_layout),
     ):
-        layout = layout_by_id(layout_id)
-        _shape(name, codes, (B, H, None, layout.tile_tokens * codebook.shape[2]), f"packed as {layout.name}")
-        _dtype(name, codes, torch.uint8)
+        _codes(name, codes, codebook, layout_id, B, H)
         _require(codes.is_contiguous(), f"{name} must be contiguous, its strides are {codes.stride()}")
     _shape("k_ring", k_ring, (B, H, None, D), "[B, H, recent tokens, D]")
     _shape("v_ring", v_ring, tuple(k_ring.shape), "shaped like k_ring,")

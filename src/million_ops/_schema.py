@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from million_ops._checks import check_append, check_attention, check_decode, check_encode
+from million_ops._checks import check_append, check_attention, check_decode, check_dequantize, check_encode
+from million_ops.layout import layout_by_id
 
 NAMESPACE = "million_ops"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -29,6 +30,10 @@ _WRITE = {x: f"({x}!)" for x in "abcdef"}
 SCHEMAS = {
     "pq_encode": "(Tensor x, Tensor codebook) -> Tensor",
     "pq_decode": "(Tensor codes, Tensor codebook, ScalarType dtype) -> Tensor",
+    "pq_dequantize": (
+        "(Tensor codes, Tensor codebook, Tensor? transform_inv, Tensor? inv_freq, Tensor origin, int layout, ScalarType dtype, "
+        "int frame_tokens, bool rope_interleaved, int first_slot) -> Tensor"
+    ),
     "pq_append_": (
         f"(Tensor k, Tensor v, {_CODEBOOKS.format(transform='k_transform')}, {_STATE.format(**_WRITE)}, {_GEOMETRY}, "
         "Tensor? after=None) -> ()"
@@ -61,6 +66,14 @@ def _(x: Tensor, codebook: Tensor) -> Tensor:
 def _(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
     check_decode(codes, codebook, dtype)
     return codes.new_empty((*codes.shape[:3], codebook.shape[2] * codebook.shape[3]), dtype=dtype)
+
+
+@_fake("pq_dequantize")
+def _(codes: Tensor, codebook: Tensor, transform_inv, inv_freq, origin: Tensor, layout: int, dtype: torch.dtype, *args) -> Tensor:
+    check_dequantize(codes, codebook, transform_inv, inv_freq, origin, layout, dtype, *args)
+    B, H, tiles, _ = codes.shape
+    _, _, S, d = codebook.shape
+    return codes.new_empty((B, H, tiles * layout_by_id(layout).tile_tokens, S * d), dtype=dtype)
 
 
 @_fake("pq_append_")

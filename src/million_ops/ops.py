@@ -67,6 +67,32 @@ def pq_decode(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
     return _ops.pq_decode(codes, codebook, dtype)
 
 
+def pq_dequantize(
+    codes: Tensor, codebook: Tensor, transform_inv: Tensor | None, inv_freq: Tensor | None, origin: Tensor, layout: int,
+    dtype: torch.dtype, frame_tokens: int = 0, rope_interleaved: bool = False, first_slot: int = 0,
+) -> Tensor:  # fmt: skip
+    """Packed codes back to keys (or values) as the model gave them: ``R(t_f) T^-1`` times the centroids.
+
+    Args:
+        codes: packed as ``layout``, [B, H, tiles, tile_tokens * S] uint8. Part of a cache's tiles or rows is read where it lies.
+        codebook: [H, 256, S, d] fp16.
+        transform_inv: T^-1, [H, D, D] fp32 or fp16 (`layout.Layout.inverse`); None where vectors were encoded as they are.
+        inv_freq: [rotary / 2] fp32; None for values, and for keys that are not rotated.
+        origin: [B] int32, position of slot 0.
+        layout: id of the codes' layout.
+        dtype: dtype of the result.
+        frame_tokens: F; 0: no frames.
+        rope_interleaved: pairs of channels are neighbours.
+        first_slot: slot of the first tile's first token.
+
+    Returns:
+        [B, H, tiles * tile_tokens, D] of ``dtype``. Slots that were never written hold noise. Products and rotation are fp32.
+    """
+    return _ops.pq_dequantize(
+        codes, codebook, transform_inv, inv_freq, origin, layout, dtype, frame_tokens, rope_interleaved, first_slot
+    )
+
+
 def pq_append_(
     k: Tensor, v: Tensor, k_codebook: Tensor, v_codebook: Tensor, k_transform: Tensor | None, inv_freq: Tensor | None,
     k_codes: Tensor, v_codes: Tensor, k_ring: Tensor, v_ring: Tensor, k_sinks: Tensor, v_sinks: Tensor,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from million_ops._checks import check_append, check_attention, check_decode, check_encode
+from million_ops._checks import check_append, check_attention, check_decode, check_dequantize, check_encode
 from million_ops.layout import layout_by_id, unpack
 
 ENCODE_CHUNK = 1 << 22  # distances held at once, so that a long prefill does not hold T x S x 256 floats
@@ -84,16 +84,15 @@ def from_frame(x: Tensor, slots: Tensor, origin: Tensor, transform_inv: Tensor |
 
 
 def pq_dequantize(codes: Tensor, codebook: Tensor, transform_inv: Tensor | None, inv_freq: Tensor | None, origin: Tensor, layout: int,
-                  dtype: torch.dtype, frame_tokens: int = 0, interleaved: bool = False, first_slot: int = 0) -> Tensor:  # fmt: skip
-    """Packed codes back to keys (or values) in the model's own frame, for every slot of the buffer, which begins at ``first_slot``.
-
-    codes packed as ``layout``, codebook [H, 256, S, d] fp16, transform_inv [H, D, D] fp32, fp16 or None, inv_freq [rotary / 2] fp32
-    or None, origin [B] int32. Returns [B, H, tiles * tile_tokens, D] of ``dtype``; slots never written hold noise.
-    """
+                  dtype: torch.dtype, frame_tokens: int = 0, rope_interleaved: bool = False, first_slot: int = 0) -> Tensor:  # fmt: skip
+    """See `million_ops.pq_dequantize`."""
+    check_dequantize(
+        codes, codebook, transform_inv, inv_freq, origin, layout, dtype, frame_tokens, rope_interleaved, first_slot
+    )
     plain = unpack(codes, layout_by_id(layout), codebook.shape[2])
     slots = first_slot + torch.arange(plain.shape[2], device=codes.device)
     x = torch.ops.million_ops.pq_decode(plain, codebook, torch.float32)
-    return from_frame(x, slots, origin, transform_inv, inv_freq, frame_tokens, interleaved).to(dtype)
+    return from_frame(x, slots, origin, transform_inv, inv_freq, frame_tokens, rope_interleaved).to(dtype)
 
 
 def _write_rows(buffer: Tensor, slots: Tensor, keep: Tensor, rows: Tensor) -> None:
@@ -220,6 +219,7 @@ def pq_attention(*args) -> Tensor:
 IMPLEMENTATIONS = {
     "pq_encode": pq_encode,
     "pq_decode": pq_decode,
+    "pq_dequantize": pq_dequantize,
     "pq_append_": pq_append_,
     "pq_attention": pq_attention,
     "pq_attention_lse": pq_attention_lse,

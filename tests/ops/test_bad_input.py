@@ -135,6 +135,38 @@ def test_encode_and_decode_arguments(op, change, message):
             function(*args)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"codes": lambda x: x[0]}, "codes must be"),
+    ({"codes": lambda x: x.int()}, "codes must be .*uint8"),
+    ({"codes": lambda x: x[..., :16]}, "codes must be packed as rows64"),
+    ({"layout": lambda x: 7}, "unknown layout_id 7"),
+    ({"layout": lambda x: 0}, "codes must be packed as plain"),
+    ({"codebook": lambda x: x.float()}, "codebook must be .*float16"),
+    ({"codebook": lambda x: x[:1]}, "codebook must be"),
+    ({"transform_inv": lambda x: x[:, :32]}, "transform_inv must be"),
+    ({"transform_inv": lambda x: x.bfloat16()}, "transform_inv must be .*float16"),
+    ({"inv_freq": lambda x: torch.zeros(33)}, "inv_freq must be"),
+    ({"inv_freq": lambda x: x.half()}, "inv_freq must be .*float32"),
+    ({"origin": lambda x: x[:0]}, "origin must be"),
+    ({"origin": lambda x: x.long()}, "origin must be .*int32"),
+    ({"dtype": lambda x: torch.float64}, "dtype must be"),
+    ({"frame_tokens": lambda x: -1}, "frame_tokens must not be negative"),
+    ({"first_slot": lambda x: -64}, "first_slot must not be negative"),
+])  # fmt: skip
+def test_dequantize_arguments(change, message):
+    args = {
+        "codes": torch.zeros(1, 2, 3, 64 * 32, dtype=torch.uint8), "codebook": torch.randn(2, 256, 32, 2).half(),
+        "transform_inv": torch.randn(2, 64, 64), "inv_freq": torch.ones(32), "origin": torch.zeros(1, dtype=torch.int32), "layout": 1,
+        "dtype": torch.float16, "frame_tokens": 64, "rope_interleaved": False, "first_slot": 0,
+    }  # fmt: skip
+    ops.pq_dequantize(*args.values())
+    for name, how in change.items():
+        args[name] = how(args[name])
+    for function in (ops.pq_dequantize, reference.pq_dequantize):
+        with pytest.raises(ERRORS, match=message):
+            function(*args.values())
+
+
 def test_layout_arguments():
     codes, layout = torch.zeros(1, 2, 10, 4, dtype=torch.uint8), layout_by_id(1)
     for call, message in (

@@ -30,6 +30,17 @@ def test_encode_and_decode(dtype):
 
 
 @pytest.mark.parametrize(("options", "dtype"), CASES)
+def test_dequantize(options, dtype):
+    layer = layer_of(options, dtype)
+    books = layer.codebooks
+    torch.library.opcheck(
+        ops.pq_dequantize.default,
+        (layer.buffers["k_codes"], books["k_codebook"], books["k_transform_inv"], books["inv_freq"], layer.origin, layer.layouts[0],
+         dtype, layer.frame_tokens, False, 64),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "dtype"), CASES)
 def test_append(options, dtype):
     layer = layer_of(options, dtype)
     torch.library.opcheck(ops.pq_append_.default, layer.append_args(*layer.new_tokens(3)[1:]))

@@ -1,0 +1,285 @@
+// pq_decode: table lookup. pq_dequantize: packed codes back to keys or values as the model gave them,
+//
+//   x[b,h,s,:] = R(t_f) T^-1 c,  c[m] = codebook[h, code[b,h,s,m], m, :],  f the frame of slot s
+//
+// A block takes tiles of 64 slots of one (row, KV head). Each thread has the same bytes of every tile, so what token
+// and subspace they belong to is looked up once, in an inversion of the layout. Centroids go to shared memory as fp16,
+// which they are, T^-1 multiplies them on tensor cores, the rotation turns the products where they lie, in fp32.
+#include <algorithm>
+
+#include "../common/pq_layout.h"
+#include "../common/shapes.h"
+#include "device.cuh"
+#include "ptx.cuh"
+
+namespace million {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kTokens = 64;                           // of a tile here
+constexpr int row_of(int D) { return D + 8; }         // channels from a token to the next: rows lie on other banks
+constexpr bool in_shared(int D) { return D <= 128; }  // the codebook
+constexpr int blocks_at_once(int D, bool split) { return D <= 64 || (D <= 128 && !split) ? 2 : 1; }
+
+__global__ void __launch_bounds__(kThreads) decode_kernel(const Decode a) {
+  const int D = a.book.S * a.book.d;
+  const int64_t per_head = a.T * D, total = int64_t(a.B) * a.H * per_head;
+  const __half* codebook = reinterpret_cast<const __half*>(a.book.codebook);
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < total; i += int64_t(gridDim.x) * kThreads) {
+    const int h = i / per_head % a.H, channel = i % D;
+    const uint8_t code = a.codes[i / D * a.book.S + channel / a.book.d];
+    store(a.out, i, __half2float(codebook[(int64_t(h) * kCentroids + code) * D + channel]), a.dtype);
+  }
+}
+
+// T^-1 as B operands: of a step of 16 depths k and 8 columns n, the lane's four of T^-1[n][k]. fp32 as a sum of two
+// fp16 numbers.
+template <bool Split>
+struct Inverse {
+  uint32_t high[2], low[Split ? 2 : 1];
+
+  __device__ __forceinline__ void take(const Dequantize& a, int h, int n, int k) {
+    const int64_t head = int64_t(h) * a.D * a.D;
+#pragma unroll
+    for (int i = 0; i < 2; i++, k += 8) {
+      const bool there = n < a.D && k < a.D;
+      if constexpr (Split) {
+        const float2 x = there ? __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(a.inverse) + head +
+                                                                       int64_t(n) * a.D + k))
+                               : float2{};
+        mma::split(x.x, x.y, high[i], low[i]);
+      } else {  // column after column
+        const uint16_t* at = static_cast<const uint16_t*>(a.inverse) + head + int64_t(k) * a.D + n;
+        high[i] = there ? __ldg(at) | uint32_t(__ldg(at + a.D)) << 16 : 0;
+      }
+    }
+  }
+  __device__ __forceinline__ void multiply(float (&y)[4], const uint32_t (&x)[4]) const {
+    mma::mma_dense(y, x, high[0], high[1]);
+    if constexpr (Split) mma::mma_dense(y, x, low[0], low[1]);
+  }
+};
+
+// `kD`: channels, or more. `Split`: T^-1 is fp32.
+template <int kD, bool Split>
+__global__ void __launch_bounds__(kThreads, blocks_at_once(kD, Split)) dequantize_kernel(const Dequantize a) {
+  constexpr int kRow = row_of(kD), kUnits = kD / 8 / kWarps, kSteps = kD / 16, kTiles = kTokens / 16;
+  constexpr int kWords = kD / 32;  // of 4 codes, a thread, at most
+  extern __shared__ __align__(16) char shared[];
+  const int D = a.D, S = int(a.book.S), d = int(a.book.d), h = blockIdx.y % a.H, b = blockIdx.y / a.H;
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  const uint16_t* const codebook = a.book.codebook + int64_t(h) * kCentroids * D;
+  char* const staged = shared + (in_shared(kD) ? kCentroids * D * 2 : 0);
+  uint16_t* const centroids = reinterpret_cast<uint16_t*>(staged);  // [kTokens, kRow] fp16, then
+  float* const vectors = reinterpret_cast<float*>(staged);          // [kTokens, kRow] in their place
+  if constexpr (in_shared(kD))
+    for (int i = thread; i < kCentroids * D / 8; i += kThreads)
+      reinterpret_cast<uint4*>(shared)[i] = __ldg(reinterpret_cast<const uint4*>(codebook) + i);
+
+  // Of the thread's codes: where the centroid goes, and from which subspace it comes, in channels.
+  const int words = kTokens * S / 4;
+  uint32_t places[kWords][4];
+  for (int i = thread; i < kTokens * S; i += kThreads) {
+    const int t = i % kTokens, m = i / kTokens;
+    const int at = a.book.layout == kPlain ? t * S + m : tile_byte(a.book.layout, t, m, S);
+    reinterpret_cast<uint32_t*>(staged)[at] = (t * kRow + m * d) | m * d << 16;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < kWords; j++)
+    if (const int word = thread + j * kThreads; word < words) {
+      const uint4 x = reinterpret_cast<const uint4*>(staged)[word];
+      places[j][0] = x.x, places[j][1] = x.y, places[j][2] = x.z, places[j][3] = x.w;
+    }
+
+  // Warp w forms columns 8 (w + 8 u) .. + 7.
+  const int n = lane >> 2, c = lane & 3;
+  constexpr bool kKept = kD <= 128;  // T^-1 stays in registers
+  Inverse<Split> inverse[kKept ? kSteps : 1][kUnits];
+  if constexpr (kKept)
+    if (a.inverse != nullptr) {
+#pragma unroll
+      for (int step = 0; step < kSteps; step++)
+#pragma unroll
+        for (int u = 0; u < kUnits; u++) inverse[step][u].take(a, h, 8 * (warp + kWarps * u) + n, 16 * step + 2 * c);
+    }
+
+  const int tiles = int((a.T + kTokens - 1) / kTokens), frame_tokens = a.frame_tokens;
+  const int origin = a.inv_freq != nullptr ? a.origin[b] : 0;
+  const auto fetch = [&](int tile, uint32_t (&to)[kWords]) {
+    const uint8_t* from = a.book.codes + b * a.row + h * a.head + int64_t(tile) * (kTokens * S);
+    const int64_t left = a.T * S - int64_t(tile) * (kTokens * S);  // bytes
+#pragma unroll
+    for (int j = 0; j < kWords; j++) {
+      const int at = 4 * (thread + j * kThreads);
+      to[j] = 0;
+      if (at >= kTokens * S) continue;
+      if (a.aligned && at + 4 <= left) {
+        to[j] = __ldg(reinterpret_cast<const uint32_t*>(from + at));
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          if (at + i < left) to[j] |= uint32_t(__ldg(from + at + i)) << 8 * i;
+      }
+    }
+  };
+  uint32_t codes[kWords];
+  if (int(blockIdx.x) < tiles) fetch(blockIdx.x, codes);
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    __syncthreads();
+    const auto lookup = [&](auto vector) {
+      using Vector = decltype(vector);
+#pragma unroll
+      for (int j = 0; j < kWords; j++) {
+        if (thread + j * kThreads >= words) continue;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int code = codes[j] >> 8 * i & 255, from = code * D + int(places[j][i] >> 16);
+          const Vector x = in_shared(kD)
+                               ? *reinterpret_cast<const Vector*>(reinterpret_cast<const uint16_t*>(shared) + from)
+                               : __ldg(reinterpret_cast<const Vector*>(codebook + from));
+          *reinterpret_cast<Vector*>(centroids + (places[j][i] & 0xffff)) = x;
+        }
+      }
+    };
+    d == 2 ? lookup(uint32_t()) : d == 4 ? lookup(uint2()) : lookup(uint4());
+    if (D % 16 && thread < kTokens) *reinterpret_cast<uint4*>(centroids + thread * kRow + D) = uint4{};
+    if (tile + int(gridDim.x) < tiles) fetch(tile + gridDim.x, codes);
+    __syncthreads();
+
+    const bool plain = a.inverse == nullptr && a.inv_freq == nullptr;
+    if (a.inverse != nullptr) {
+      float y[kTiles][kUnits][4] = {};
+#pragma unroll
+      for (int step = 0; step < kSteps; step++) {
+        if (16 * step >= D) break;
+        if constexpr (!kKept) {
+#pragma unroll
+          for (int u = 0; u < kUnits; u++) inverse[0][u].take(a, h, 8 * (warp + kWarps * u) + n, 16 * step + 2 * c);
+        }
+#pragma unroll
+        for (int i = 0; i < kTiles; i++) {
+          uint32_t x[4];
+          mma::load_operand(
+              reinterpret_cast<const __half*>(centroids) + (16 * i + lane % 16) * kRow + 16 * step + lane / 16 * 8, x);
+#pragma unroll
+          for (int u = 0; u < kUnits; u++) inverse[kKept ? step : 0][u].multiply(y[i][u], x);
+        }
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kTiles; i++)
+#pragma unroll
+        for (int u = 0; u < kUnits; u++) {
+          float* to = vectors + (16 * i + n) * kRow + 8 * (warp + kWarps * u) + 2 * c;
+          *reinterpret_cast<float2*>(to) = {y[i][u][0], y[i][u][1]};
+          *reinterpret_cast<float2*>(to + 8 * kRow) = {y[i][u][2], y[i][u][3]};
+        }
+      __syncthreads();
+    } else if (!plain) {  // to fp32 in its own place
+      constexpr int kEach = kTokens * kD / 2 / kThreads;
+      const __half2* from = reinterpret_cast<const __half2*>(centroids);
+      float2 y[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; i++) {
+        const int at = thread + i * kThreads;
+        y[i] = __half22float2(from[(at / (kD / 2) * kRow + at % (kD / 2) * 2) / 2]);
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kEach; i++) {
+        const int at = thread + i * kThreads;
+        *reinterpret_cast<float2*>(vectors + at / (kD / 2) * kRow + at % (kD / 2) * 2) = y[i];
+      }
+      __syncthreads();
+    }
+
+    if (a.inv_freq != nullptr) {  // a thread turns one pair of channels of neighbouring tokens
+      constexpr int kPairs = kD / 2, kRun = kTokens / (kThreads / kPairs);
+      if (const int pair = thread % kPairs; pair < a.half) {
+        const int first = a.interleaved ? 2 * pair : pair, second = a.interleaved ? 2 * pair + 1 : pair + a.half;
+        const int t0 = thread / kPairs * kRun;
+        int slot = a.first_slot + tile * kTokens + t0;
+        int64_t frame = slot / frame_tokens * int64_t(frame_tokens), border = frame + frame_tokens;
+        const float frequency = __ldg(a.inv_freq + pair);
+        const auto turn_at = [&](int64_t at) { return mma::turn_of(static_cast<float>(at + origin) * frequency); };
+        float2 turn = turn_at(frame);
+        float* at = vectors + t0 * kRow;
+#pragma unroll 4
+        for (int t = 0; t < kRun; t++, slot++, at += kRow) {
+          if (slot >= border) turn = turn_at(border), border += frame_tokens;
+          const float x = at[first], y = at[second];
+          at[first] = x * turn.x - y * turn.y, at[second] = y * turn.x + x * turn.y;
+        }
+      }
+      __syncthreads();
+    }
+
+    // Eight channels a thread.
+    constexpr int kAcross = kD / 8, kAtOnce = kThreads / kAcross;
+    const int channel = thread % kAcross * 8;
+    if (channel >= D) continue;
+#pragma unroll
+    for (int first = 0; first < kTokens; first += kAtOnce) {
+      const int t = first + thread / kAcross;
+      const int64_t slot = int64_t(tile) * kTokens + t;
+      if (slot >= a.T) break;
+      const int64_t to = ((int64_t(blockIdx.y) * a.T + slot) * D + channel) * (a.dtype == DType::f32 ? 4 : 2);
+      char* out = static_cast<char*>(a.out) + to;
+      float2 x[4];
+      if (plain) {
+        const uint4 half = *reinterpret_cast<const uint4*>(centroids + t * kRow + channel);
+        if (a.dtype == DType::f16) {
+          *reinterpret_cast<uint4*>(out) = half;
+          continue;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = __half22float2(reinterpret_cast<const __half2*>(&half)[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = *reinterpret_cast<const float2*>(vectors + t * kRow + channel + 2 * i);
+      }
+      if (a.dtype == DType::f32) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          reinterpret_cast<float4*>(out)[i] = {x[2 * i].x, x[2 * i].y, x[2 * i + 1].x, x[2 * i + 1].y};
+      } else {
+        uint4 packed;
+#pragma unroll
+        for (int i = 0; i < 4; i++) store_pair(&packed, i, x[i], a.dtype);
+        *reinterpret_cast<uint4*>(out) = packed;
+      }
+    }
+  }
+}
+
+template <int kD, bool Split>
+cudaError_t dequantize(const Dequantize& a, int multiprocessors, cudaStream_t stream) {
+  const int shared = (in_shared(kD) ? kCentroids * a.D * 2 : 0) + kTokens * row_of(kD) * int(sizeof(float));
+  const auto kernel = dequantize_kernel<kD, Split>;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess)
+    return cudaGetLastError();  // and clears it
+  const int64_t heads = int64_t(a.B) * a.H, tiles = (a.T + kTokens - 1) / kTokens;
+  const int64_t blocks = (blocks_at_once(kD, Split) * multiprocessors + heads - 1) / heads;
+  kernel<<<dim3(std::min(tiles, blocks), heads), kThreads, shared, stream>>>(a);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t decode_launch(const Decode& a, cudaStream_t stream) {
+  const int64_t total = int64_t(a.B) * a.H * a.T * a.book.S * a.book.d;
+  decode_kernel<<<std::min<int64_t>((total + kThreads - 1) / kThreads, 1 << 14), kThreads, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
+cudaError_t dequantize_launch(const Dequantize& a, bool split, int multiprocessors, cudaStream_t stream) {
+  if (a.D <= 64)
+    return split ? dequantize<64, true>(a, multiprocessors, stream) : dequantize<64, false>(a, multiprocessors, stream);
+  if (a.D <= 128)
+    return split ? dequantize<128, true>(a, multiprocessors, stream)
+                 : dequantize<128, false>(a, multiprocessors, stream);
+  return split ? dequantize<256, true>(a, multiprocessors, stream) : dequantize<256, false>(a, multiprocessors, stream);
+}
+
+}  // namespace million
