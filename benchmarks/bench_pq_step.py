@@ -98,12 +98,12 @@ def bench_pq_step(compare, device, shape, tokens):
 
 
 @pytest.mark.parametrize("baseline", ["FlashAttention", "pq_attention"])
-@pytest.mark.parametrize("n", [512, 2048])
+@pytest.mark.parametrize("n", [128, 512, 2048])
 @pytest.mark.parametrize("tokens", [8192, 32768])
 def bench_long_chunk(compare, device, tokens, n, baseline):
     """A second turn: many new tokens over a full cache, Llama-3-8B's shape, without their append.
 
-    Against FlashAttention fp16, and against the op, which `long_chunk.QUERIES` chooses between. FlashAttention reads keys and
+    Against FlashAttention fp16, and against the op, which `long_chunk.LEAST_PAIRS` chooses between. FlashAttention reads keys and
     values that are repeated for the heads of a group: with this many queries arithmetic is what takes its time.
     """
     if device == "cpu":

@@ -33,6 +33,7 @@ def everywhere(monkeypatch):
     monkeypatch.setattr(long_chunk, "attend_long", counted)
     monkeypatch.setattr(long_chunk, "WORKSPACE", 1)
     monkeypatch.setattr(long_chunk, "LEAST", 13)
+    monkeypatch.setattr(long_chunk, "LEAST_PAIRS", 0)
     return used
 
 
@@ -149,12 +150,24 @@ def test_which_tokens_are_exact(device, ids):
     torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-5 if device == "cpu" else 5e-3)
 
 
-def test_what_serves(device):
-    """Many 16-bit queries on a GPU that runs FlashAttention."""
-    many = torch.zeros(1, 4, long_chunk.QUERIES, 64, device=device, dtype=torch.float16)
-    assert SERVES(many) == (device == "cuda")
-    for other in (many[:, :, 1:], many.float(), many[..., :60], torch.cat([many] * 5, -1)):
+def test_what_serves(device, ids, monkeypatch):
+    """16-bit queries on a GPU that runs FlashAttention, if there are enough of them and of keys."""
+    q = torch.zeros(1, 4, 100, 64, device=device, dtype=torch.float16)
+    assert SERVES(q) == (device == "cuda")
+    for other in (q.float(), q[..., :60], torch.cat([q] * 5, -1)):
         assert not SERVES(other)
+    model = tiny_llama().to(device, dtype(device))
+    enable(model)
+    cache = MillionStaticCache(model.config, lossless_for(model, ids, CONFIG), LENGTH)
+    with torch.no_grad():
+        model(ids[:, :PAST], past_key_values=cache)
+    disable(model)
+    layer, n = cache.layers[0], DECODE_CHUNK + 5
+    layer.clock.begin(n)
+    q, k = (torch.randn(2, heads, n, 32, device=device, dtype=dtype(device)) for heads in (4, 2))
+    for least, taken in ((2 * 4 * n * PAST, True), (2 * 4 * n * PAST + 1, False)):
+        monkeypatch.setattr(long_chunk, "LEAST_PAIRS", least)
+        assert (long_chunk.attend_long(layer, q, k, k, 0.2) is not None) == taken
 
 
 def test_more_than_fits(device, ids):
