@@ -86,13 +86,14 @@ const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim, int shared) {
   static const bool prefer_narrow = slow_memory();  // GPUs of one machine are taken to be alike
   if (prefer_narrow && D == 128 && k_dim == 2)
     for (const Instance* list = instances_narrow(); list->launch; list++)
-      if (list->D == D && list->k_dim == k_dim && list->v_dim == v_dim && list->table_bytes + kScratch <= shared)
+      if (list->D == D && list->k_dim == k_dim && list->v_dim == v_dim &&
+          list->table_bytes + scratch_bytes(D) <= shared)
         return list;
   const Instance* smallest = nullptr;
-  for (const Instance* list : {instances_64(), instances_96(), instances_128(), instances_narrow()})
+  for (const Instance* list : {instances_64(), instances_96(), instances_128(), instances_256(), instances_narrow()})
     for (; list->launch; list++) {
       if (list->D != D || list->k_dim != k_dim || list->v_dim != v_dim) continue;
-      if (list->table_bytes + kScratch <= shared) return list;
+      if (list->table_bytes + scratch_bytes(D) <= shared) return list;
       if (smallest == nullptr || list->table_bytes < smallest->table_bytes) smallest = list;
     }
   return smallest;

@@ -75,6 +75,9 @@ struct Block : RowBlock {
         n(lane >> 2),
         c(lane & 3) {}
 
+  // Which of the parts of a row's tokens the block has; of two blocks with one split the first has the scores.
+  static __device__ int split() { return int(blockIdx.x) / S::kBlocks; }
+
   // A table by one bulk copy or two, or 16 bytes at a time: keys' by the threads of the warps for scores, values' by
   // those of the others.
   template <class Table>
@@ -170,12 +173,13 @@ struct Block : RowBlock {
     if (threadIdx.x < S::kPairs) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        barrier_init(&scratch.full[threadIdx.x][i], kArrivals);
-        barrier_init(&scratch.empty[threadIdx.x][i], kArrivals);
+        barrier_init(&scratch.full[threadIdx.x][i], S::kApart ? 1 : kArrivals);
+        barrier_init(&scratch.empty[threadIdx.x][i], S::kApart ? 1 : kArrivals);
       }
+      if (S::kApart) barriers_to_cluster();
     } else if (threadIdx.x == kWarp) {
       barrier_init(&scratch.queries, S::kHalf);
-    } else if (threadIdx.x == S::kHalf) {  // those that are told by copies or by other blocks
+    } else if (threadIdx.x == 2 * kWarp) {  // those that are told by copies or by other blocks
       barrier_init(&scratch.k_table, arrivals<K>());
       barrier_init(&scratch.v_table, arrivals<V>());
       barrier_init(&scratch.k_more, copies_second(a) ? S::kPairs * kArrivals : 1);
@@ -186,7 +190,7 @@ struct Block : RowBlock {
   }
 
   // Pairs of channels of the result that this block of a cluster merges.
-  __device__ int share_begin() const { return min(int(blockIdx.x) * a.share, rows * S::kLine); }
+  __device__ int share_begin() const { return min(split() * a.share, rows * S::kLine); }
   __device__ int share_end() const { return min(share_begin() + a.share, rows * S::kLine); }
 
   // By one thread.
@@ -210,7 +214,7 @@ struct Block : RowBlock {
     const Range seen = range();
     // Tiles of 64 slots: there are at most 2^24, and splits fewer than 2^8.
     const uint32_t tile0 = max(seen.begin, 0) / kTile, all = max((seen.end + kTile - 1) / kTile - int(tile0), 0);
-    const int groups = (exact + kGroup - 1) / kGroup, split = int(blockIdx.x), splits = a.splits;
+    const int groups = (exact + kGroup - 1) / kGroup, split = this->split(), splits = a.splits;
     const uint32_t first_quotient = (lane == 0   ? all * split
                                      : lane == 1 ? all * (split + 1)
                                      : lane == 2 ? uint32_t(max(groups - split + splits - 1, 0))
@@ -243,17 +247,17 @@ struct Block : RowBlock {
   // What needs less, by three of the warps for values: where exact tokens, codes and query rows are.
   __device__ void describe_places() const {
     constexpr int kToken = S::D * 2;  // bytes
-    if (warp == S::kPairs + 1 && lane == 0) {
+    if (warp == S::kValueWarp + 1 && lane == 0) {
       const int64_t sink0 = head() * layer.N * kToken, ring0 = head() * layer.R * kToken;
       scratch.places[0] = {layer.k_sinks + sink0, layer.v_sinks + sink0, kToken, kToken};
       scratch.places[1] = {layer.k_ring + ring0, layer.v_ring + ring0, kToken, kToken};
       scratch.places[2] = {layer.k_new.at(b, h, 0), layer.v_new.at(b, h, 0), layer.k_new.token, layer.v_new.token};
     }
-    if (warp == S::kPairs + 3 && lane == 0) {
+    if (warp == S::kValueWarp + 3 && lane == 0) {
       scratch.codes[0] = layer.k.codes + head() * layer.k.slots * (S::D / S::KD);
       scratch.codes[1] = layer.v.codes + head() * layer.v.slots * (S::D / S::VD);
     }
-    if (warp == S::kPairs + 2 && lane < S::Rows) {
+    if (warp == S::kValueWarp + 2 && lane < S::Rows) {
       const int row = min(lane, rows - 1), at = query(row), own = query_head(row), heads = int(layer.H) * a.G;
       scratch.rows[lane] = {position(row), coded_end(row), at, ((int64_t(b) * layer.n + at) * heads + own) * S::D,
                             (int64_t(b) * heads + own) * layer.n + at};
@@ -278,7 +282,7 @@ struct Block : RowBlock {
 
   // Before them its exact tokens, 16 at a time: groups `first_group`, `first_group + group_step`, ...
   static constexpr int kGroup = 16, kGroupTiles = 2;  // what a group costs, in tiles
-  __device__ int first_group(int pair) const { return pair * a.splits + int(blockIdx.x); }
+  __device__ int first_group(int pair) const { return pair * a.splits + split(); }
   __device__ int group_step() const { return a.splits * S::kPairs; }
   __device__ int groups() const { return (scratch.exact.tokens + kGroup - 1) / kGroup; }
 
@@ -354,7 +358,7 @@ struct Block : RowBlock {
   // for all products.
   static constexpr int kUnits = (S::D / 8 + S::kPairs - 1) / S::kPairs;
   using Inverse = uint4[kUnits][S::D / 32];
-  __device__ int unit(int u) const { return warp - S::kPairs + u * S::kPairs; }
+  __device__ int unit(int u) const { return warp - S::kValueWarp + u * S::kPairs; }
   // T^-1 lies in memory column after column, so that a lane reads eight depths of its column at once: they are in the
   // order `depth_of`.
   __device__ void take_inverse(Inverse& to) const {
@@ -423,6 +427,12 @@ struct Block : RowBlock {
     }
   }
 
+  __device__ void load_frequencies(int thread) const {
+    if (thread < S::D / 2)
+      scratch.frequencies[thread] =
+          layer.inv_freq != nullptr && thread < layer.half ? __ldg(layer.inv_freq + thread) : 0.f;
+  }
+
   // Products with T^-1 that prepare the queries of these frames.
   static __device__ int products(const Frames& frames) {
     return (frames.end - frames.begin + S::kFrames - 1) / S::kFrames;
@@ -475,7 +485,7 @@ struct Block : RowBlock {
   // frame write the same.
   __device__ void prepare(const Frames& frames, const Prepared& to, const Inverse& inverse) const {
     const int count = products(frames);
-    if (count > 1) named_arrive(kTurnedFree + 1, S::kThreads);
+    if (!S::kApart && count > 1) named_arrive(kTurnedFree + 1, S::kThreads);
     // Where the lane's two rows of a product go.
     __half2* at[2];
     int frame[2];
@@ -489,12 +499,13 @@ struct Block : RowBlock {
 #pragma unroll 1
     for (int product = 0; product < count; product++) {
       const __half(&turned)[16][S::D + 8] = scratch.turned[product & 1];
-      if (product == 0) {
+      if (S::kApart || product == 0) {
         const Rotation by = rotation();
-        const int items = min(frames.end - frames.begin, S::kFrames) * (S::Rows / 2 * S::kLine);
+        const int first = frames.begin + product * S::kFrames;
+        const int items = min(frames.end - first, S::kFrames) * (S::Rows / 2 * S::kLine);
 #pragma unroll 1
-        for (int i = threadIdx.x - S::kHalf; i < items; i += S::kHalf)
-          rotate<2>(by, frames.begin, i, scratch.turned[0]);
+        for (int i = threadIdx.x % S::kHalf; i < items; i += S::kHalf)
+          rotate<2>(by, first, i, scratch.turned[product & 1]);
         named_sync(kValues, S::kHalf);
       } else {
         named_sync(kTurnedFull + (product & 1), S::kThreads);
@@ -512,7 +523,7 @@ struct Block : RowBlock {
           mma_dense(y[u], left[1], inverse[u][i].z, inverse[u][i].w);
         }
       }
-      if (product + 2 < count) named_arrive(kTurnedFree + (product & 1), S::kThreads);
+      if (!S::kApart && product + 2 < count) named_arrive(kTurnedFree + (product & 1), S::kThreads);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         if (frame[i] < frames.end) {
@@ -635,6 +646,7 @@ struct Block : RowBlock {
       raise |= highest[rr] > state.top[rr] + kLazy;
     }
     raise = __any_sync(~0u, raise);
+    float factors[S::kLaneRows] = {};
     auto& slot = scratch.slots[pair][it & 1];
     barrier_wait(&scratch.empty[pair][it & 1], (it >> 1 & 1) ^ 1);
     if (raise) {
@@ -645,9 +657,14 @@ struct Block : RowBlock {
         highest[rr] = fmaxf(highest[rr], state.top[rr]);
         const float factor = exp2_fast(state.top[rr] - highest[rr]);
         state.top[rr] = highest[rr], state.sum[rr] *= factor;
-        if (own == 0) slot.factor[lane_row(rr)] = factor;
+        if (S::kApart)
+          factors[rr] = factor;
+        else if (own == 0)
+          slot.factor[lane_row(rr)] = factor;
       }
     }
+    uint32_t full = 0;
+    if constexpr (S::kApart) full = in_block(&scratch.full[pair][it & 1], 1);
 #pragma unroll
     for (int rr = 0; rr < S::kLaneRows; rr++) {
       float p[4];
@@ -655,12 +672,22 @@ struct Block : RowBlock {
       for (int i = 0; i < 4; i++) p[i] = exp2_fast(fmaf(s[rr][i], state.magnitude[rr], -state.top[rr]));
       state.sum[rr] += (p[0] + p[1]) + (p[2] + p[3]);
       const __half2 low = __floats2half2_rn(p[0], p[1]), high = __floats2half2_rn(p[2], p[3]);
-      *reinterpret_cast<uint2*>(&slot.p[lane_row(rr)][4 * own]) =
-          uint2{reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
+      const uint2 both = {reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
+      uint2* to = reinterpret_cast<uint2*>(&slot.p[lane_row(rr)][4 * own]);
+      if constexpr (S::kApart) {
+        send(in_block(to, 1), both, full);
+        if (own == 0) send(in_block(&slot.factor[lane_row(rr)], 1), __float_as_uint(factors[rr]), full);
+      } else {
+        *to = both;
+      }
     }
-    if (lane == 0) slot.rescale = raise;
-    __syncwarp();
-    if (lane < kArrivals) barrier_arrive(&scratch.full[pair][it & 1]);
+    if constexpr (S::kApart) {
+      if (lane == 0) send(in_block(&slot.rescale, 1), uint32_t(raise), full);
+    } else {
+      if (lane == 0) slot.rescale = raise;
+      __syncwarp();
+      if (lane < kArrivals) barrier_arrive(&scratch.full[pair][it & 1]);
+    }
   }
 
   static __device__ __forceinline__ const char* from_lane(const char* x, int lane) {
@@ -793,12 +820,14 @@ struct Block : RowBlock {
   // Adds the values of a tile with the probabilities of the pair's slot. `Units` parts of a tile: `ask(unit)` hears
   // that one comes (the first before the probabilities are waited for), `look(step, batch, unit, token, out)` gives the
   // values of a batch in it, and `done(batch, step, unit)` hears that a step needs no more.
+  // `last`: how many such calls there are.
   template <int Units, class Ask, class Look, class Done>
-  __device__ __forceinline__ void accumulate(Outputs& o, int pair, int it, const Ask& ask, const Look& look,
+  __device__ __forceinline__ void accumulate(Outputs& o, int pair, int it, int last, const Ask& ask, const Look& look,
                                              const Done& done) const {
     const int r = n & 3, rh = n >> 2;
     const auto& slot = scratch.slots[pair][it & 1];
     const __half(*shares)[kTile] = c == r ? slot.p : scratch.zeros;
+    if (S::kApart && lane == 0) barrier_expect(&scratch.full[pair][it & 1], slot.kSent);
     ask(0);
     barrier_wait(&scratch.full[pair][it & 1], it >> 1 & 1);
     if (slot.rescale) {
@@ -860,10 +889,15 @@ struct Block : RowBlock {
       });
     }
     __syncwarp();
-    if (lane < kArrivals) barrier_arrive(&scratch.empty[pair][it & 1]);
+    if constexpr (S::kApart) {
+      // Not of the last two: then the block that it tells may have ended.
+      if (lane == 0 && it + 2 < last) barrier_arrive_there(in_block(&scratch.empty[pair][it & 1], 0));
+    } else {
+      if (lane < kArrivals) barrier_arrive(&scratch.empty[pair][it & 1]);
+    }
   }
 
-  __device__ void exact_values(int group, Outputs& o, int pair, int it) const {
+  __device__ void exact_values(int group, Outputs& o, int pair, int it, int last) const {
     const Token mine = token(group * kGroup + (lane & 15));
     bool any = false;  // row sees it: what no row sees may be NaN
 #pragma unroll 1       // four copies of it are as many instructions to fetch
@@ -873,7 +907,7 @@ struct Block : RowBlock {
     constexpr int kUnits = S::Rows <= 4 ? 1 : 4, kBatches = 4 / kUnits;
     uint32_t values[kBatches][V::kSteps][kSubs];
     accumulate<kUnits>(
-        o, pair, it,
+        o, pair, it, last,
         [&](int unit) {
           static_for<kBatches>([&](auto batch_) {
             constexpr int batch = decltype(batch_)::value;
@@ -903,11 +937,11 @@ struct Block : RowBlock {
         [](auto, auto, int) {});
   }
 
-  __device__ __forceinline__ void coded_values(Outputs& o, int pair, int it, bool more, const uint8_t* codes,
+  __device__ __forceinline__ void coded_values(Outputs& o, int pair, int it, int last, const uint8_t* codes,
                                                Words& words, const Places<V>& places) const {
-    const uint8_t* next = more ? codes + kValueTile : nullptr;
+    const uint8_t* next = it + 1 < last ? codes + kValueTile : nullptr;
     accumulate<kValueUnit.per_tile>(
-        o, pair, it, [](int) {},
+        o, pair, it, last, [](int) {},
         [&](auto step_, auto batch_, int, auto token_, auto& out) {
           constexpr int step = decltype(step_)::value, batch = decltype(batch_)::value, token = decltype(token_)::value;
           constexpr Group group = group_of(V::kSteps, step);
@@ -983,10 +1017,10 @@ struct Block : RowBlock {
         row.store(a, scratch.rows[r].out, scratch.rows[r].lse, line);
       } else if (a.clusters) {
         const int owner = int((i + .5f) * a.per_share);  // i / a.share
-        to_block(&scratch.from_splits[int(blockIdx.x) * a.share + i - owner * a.share], owner,
-                 float4{row.x.x, row.x.y, row.top, row.total}, &scratch.parts);
+        send(in_block(&scratch.from_splits[split() * a.share + i - owner * a.share], owner),
+             float4{row.x.x, row.x.y, row.top, row.total}, in_block(&scratch.parts, owner));
       } else {
-        const int64_t at = (head() * a.rows + row0 + r) * a.splits + blockIdx.x;
+        const int64_t at = (head() * a.rows + row0 + r) * a.splits + split();
         reinterpret_cast<float2*>(a.partials)[at * kLine + line] = row.x;
         if (line == 0) ends_of(a)[at] = {row.top, row.total};
       }
@@ -1084,15 +1118,23 @@ struct Block : RowBlock {
     for (int rr = 0; rr < S::kLaneRows; rr++) {
 #pragma unroll
       for (int step = 8; step; step /= 2) state.sum[rr] += __shfl_xor_sync(~0u, state.sum[rr], step);
-      if ((lane & 15) == 0) scratch.ends[pair][lane_row(rr)] = {state.top[rr], state.sum[rr]};
+      if ((lane & 15) != 0) continue;
+      float2& to = scratch.ends[pair][lane_row(rr)];
+      if constexpr (S::kApart)
+        send(in_block(&to, 1), uint2{__float_as_uint(state.top[rr]), __float_as_uint(state.sum[rr])},
+             in_block(&scratch.parts, 1));
+      else
+        to = {state.top[rr], state.sum[rr]};
     }
   }
 
   __device__ void weigh(int pair, Outputs& o) const {
     zero(o);
-    int it = 0;
-    for (int group = first_group(pair); group < groups(); group += group_step(), it++) exact_values(group, o, pair, it);
     const Run tiles = run(pair);
+    const int own = first_group(pair), step = group_step();
+    const int last = (max(groups() - own, 0) + step - 1) / step + max(tiles.end - tiles.begin, 0);
+    int it = 0;
+    for (int group = own; group < groups(); group += step, it++) exact_values(group, o, pair, it, last);
     barrier_wait(&scratch.v_table, 0);
     if (tiles.begin < tiles.end) {
       const uint8_t* at = value_codes(tiles);
@@ -1100,9 +1142,7 @@ struct Block : RowBlock {
 #pragma unroll
       for (int i = 0; i < kValueUnit.words / 4; i++) fetch(words, i, at);
       const Places<V> places(n, c, shared_address(shared) - kSharedBase);
-      for (int tile = tiles.begin; tile < tiles.end; tile++, it++, at += kValueTile) {
-        coded_values(o, pair, it, tile + 1 < tiles.end, at, words, places);
-      }
+      for (; it < last; it++, at += kValueTile) coded_values(o, pair, it, last, at, words, places);
     }
   }
 };
@@ -1162,9 +1202,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
     if (thread == 0) block.start_first();
     if (a.clusters && thread == kWarp) block.expect_parts();
     block.describe_places();
-    if (thread < S::D / 2)
-      block.scratch.frequencies[thread] =
-          a.layer.inv_freq != nullptr && thread < a.layer.half ? __ldg(a.layer.inv_freq + thread) : 0.f;
+    block.load_frequencies(thread);
     named_arrive(Block<S>::kScores, S::kThreads);
     named_sync(Block<S>::kReady, S::kThreads);  // the block is described
     block.start_second();
@@ -1184,6 +1222,70 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   block.finish(numerators);
 }
 
+// The same where keys' and values' tables need a block each, which are a cluster: the first prepares queries and sends
+// the second its probabilities, tile by tile.
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __grid_constant__ Attention a) {
+  extern __shared__ __align__(1024) char shared[];
+  if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
+  Scratch<S>& scratch = *reinterpret_cast<Scratch<S>*>(shared + S::kTableBytes);
+  touch(a);
+  Block<S>::init_barriers(a, scratch);
+  for (int i = threadIdx.x; i < S::Rows * kTile / 8; i += S::kThreads)
+    reinterpret_cast<uint4*>(scratch.zeros)[i] = uint4{};
+  __syncthreads();
+  cluster_arrive();  // the barriers are there
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  const Block<S> block(a, shared);
+  const int pair = block.warp, origin = block.ask_origin();
+  using K = typename S::K;
+  using V = typename S::V;
+  if (blockIdx.x % 2 == 0) {
+    typename Block<S>::Asked asked;
+    block.ask_query(block.first_row(), asked);
+    typename Block<S>::Inverse inverse;
+    block.take_inverse(inverse);
+    Block<S>::template load_table<K>(block.codebook(a.layer.k), shared, &scratch.k_table);
+    block.describe(origin);
+    block.describe_places();
+    block.load_frequencies(threadIdx.x);
+    block.load_queries(asked);
+    __syncthreads();
+    block.prefetch_first(pair);
+    const Frames frames = scratch.frames;
+    block.prepare(frames, block.prepared(frames), inverse);
+    barrier_arrive(&scratch.queries);
+    cluster_wait();
+    block.score(pair, block.prepared(frames));
+  } else {
+    if (threadIdx.x == 0) barrier_expect(&scratch.parts, sizeof(scratch.ends));
+    Block<S>::template load_table<V>(block.codebook(a.layer.v), shared, &scratch.v_table);
+    block.describe(origin);
+    block.describe_places();
+    __syncthreads();
+    cluster_wait();
+    typename Block<S>::Outputs o;
+    block.weigh(pair, o);
+    __syncthreads();  // the table is no longer needed
+    float* numerators = reinterpret_cast<float*>(shared);
+    block.store_values(o, numerators + pair * Block<S>::kPart);
+    barrier_wait(&scratch.parts, 0);
+    __syncthreads();
+    block.finish(numerators);
+  }
+}
+
+template <class S>
+constexpr auto kernel_of() {
+  if constexpr (S::kApart)
+    return attend_apart_kernel<S>;
+  else
+    return attend_kernel<S>;
+}
+
 // Whether the splits of a row can be clusters that merge by themselves: if that takes no more waves of blocks.
 template <class S>
 bool clusters_fit(cudaLaunchConfig_t config, int splits) {
@@ -1195,7 +1297,7 @@ bool clusters_fit(cudaLaunchConfig_t config, int splits) {
   cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
   if (known[splits] == 0) {
     int most = 0;
-    if (cudaOccupancyMaxActiveClusters(&most, attend_kernel<S>, &config) != cudaSuccess)
+    if (cudaOccupancyMaxActiveClusters(&most, kernel_of<S>(), &config) != cudaSuccess)
       most = 0, cudaGetLastError();  // clears it
     known[splits] = most + 1;
   }
@@ -1206,13 +1308,14 @@ bool clusters_fit(cudaLaunchConfig_t config, int splits) {
 template <class S>
 cudaError_t attend(const Attention& given, cudaStream_t stream) {
   constexpr int kShared = S::kTableBytes + sizeof(Scratch<S>);
-  static_assert(sizeof(Scratch<S>) <= kScratch && S::kPairs * Block<S>::kPart * sizeof(float) <= S::kTableBytes);
+  static_assert(sizeof(Scratch<S>) <= scratch_bytes(S::D) &&
+                S::kPairs * Block<S>::kPart * sizeof(float) <= S::kTableBytes);
   Attention a = given;
-  const auto kernel = attend_kernel<S>;
+  const auto kernel = kernel_of<S>();
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) != cudaSuccess)
     return cudaGetLastError();  // and clears it
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(a.splits, a.layer.B * a.layer.H, (a.rows + S::Rows - 1) / S::Rows);
+  config.gridDim = dim3(a.splits * S::kBlocks, a.layer.B * a.layer.H, (a.rows + S::Rows - 1) / S::Rows);
   a.crowded = 3 * int64_t(config.gridDim.x) * config.gridDim.y * config.gridDim.z > 2 * a.at_once;
   config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = kShared;
@@ -1220,15 +1323,15 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
   cudaLaunchAttribute attributes[2];
   config.attrs = attributes;
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {unsigned(a.splits), 1, 1};
+  attributes[0].val.clusterDim = {unsigned(S::kApart ? 2 : a.splits), 1, 1};
   config.numAttrs = 1;
   a.share = (std::min(S::Rows, a.rows) * S::kLine + a.splits - 1) / a.splits;
   a.per_share = 1.f / a.share;
-  if (a.overlap && a.splits > 1) {
+  if (!S::kApart && a.overlap && a.splits > 1) {
     if (a.splits > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     a.clusters = clusters_fit<S>(config, a.splits);
   }
-  config.numAttrs = a.clusters ? 1 : 0;
+  config.numAttrs = a.clusters || S::kApart ? 1 : 0;
   if (a.overlap) {  // start before the memory of the kernel before is flushed
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
@@ -1241,7 +1344,8 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
 template <int D, int KD, int VD, bool Narrow>
 cudaError_t attend(const Attention& a, cudaStream_t stream) {
   if (a.rows <= 2) return attend<Shape<D, KD, VD, 2, Narrow>>(a, stream);
-  if (a.rows > 4) return attend<Shape<D, KD, VD, 8, Narrow>>(a, stream);
+  if constexpr (D <= 128)
+    if (a.rows > 4) return attend<Shape<D, KD, VD, 8, Narrow>>(a, stream);
   return attend<Shape<D, KD, VD, 4, Narrow>>(a, stream);
 }
 

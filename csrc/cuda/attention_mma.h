@@ -17,6 +17,7 @@ struct Instance {
 const Instance* instances_64();
 const Instance* instances_96();
 const Instance* instances_128();
+const Instance* instances_256();
 const Instance* instances_narrow();
 
 // Merges what the splits of a launch have left in `partials`.

@@ -34,12 +34,20 @@ struct Shape {
   static constexpr int kPairs = Rows == 8   ? 4
                                 : Rows == 4 ? 6
                                             : 8;  // of warps: one spilled register costs more than a pair brings
-  static constexpr int kThreads = kPairs * 2 * kWarp, kHalf = kThreads / 2;
+  // Keys' and values' tables too large for one block: keys' warps in one, values' in another of a cluster of two.
+  static constexpr bool kApart = D > 128;
+  static constexpr int kBlocks = kApart ? 2 : 1;          // of a split
+  static constexpr int kValueWarp = kApart ? 0 : kPairs;  // the first warp for values, which also prepare queries
+  static constexpr int kHalf = kPairs * kWarp, kThreads = kApart ? kHalf : 2 * kHalf;
   using K = KeyTable<D, KD, Narrow>;
   using V = ValueTable<D, VD, Narrow>;
   static constexpr bool kOnePage = K::kRowBytes + V::kRowBytes <= kRow;  // for both tables, row by row
-  static constexpr int kValueTable = kOnePage ? K::kRowBytes : (K::kBytes + 127) / 128 * 128;  // where it begins
-  static constexpr int kTableBytes = kOnePage ? kPage : kValueTable + V::kBytes;
+  static constexpr int kValueTable = kApart     ? 0
+                                     : kOnePage ? K::kRowBytes
+                                                : (K::kBytes + 127) / 128 * 128;  // where it begins
+  static constexpr int kTableBytes = kApart     ? (K::kBytes > V::kBytes ? K::kBytes : V::kBytes)
+                                     : kOnePage ? kPage
+                                                : kValueTable + V::kBytes;
   static constexpr int kLine = D / 2;        // pairs of channels
   static constexpr int kFrames = 16 / Rows;  // whose queries are prepared with one product
   static constexpr int kKept = 8 / kTiles;   // frames whose queries stay in shared memory
@@ -72,6 +80,7 @@ struct Scratch {
     float factor[S::Rows];
     int rescale;
     int pad[3];
+    static constexpr int kSent = S::Rows * (2 * kTile + 4) + 4;  // bytes of it, between blocks
   } slots[S::kPairs][2];
   union {
     __half turned[2][16][S::D + 8];  // rotated queries of a product, and of the next; rows on different banks

@@ -77,9 +77,10 @@ bool check_layouts(const Layer& layer) {
   const int shared = shared_limit(), tables = attention_mma_tables(layer.D, layer.k.d, layer.v.d, shared);
   REQUIRE(tables > 0, "no tensor core kernel for head_dim ", layer.D, " with ", layer.k.d, " and ", layer.v.d,
           " channels a subspace; use layout rows64 (million_ops.layouts_for chooses)");
-  REQUIRE(tables + kScratch <= shared && attribute(cudaDevAttrReservedSharedMemoryPerBlock) == 1024,
-          "the tensor core kernel needs ", (tables + kScratch) >> 10, " KiB of shared memory a block, this GPU has ",
-          shared >> 10, "; use layout rows64 (million_ops.layouts_for chooses)");
+  REQUIRE(tables + scratch_bytes(layer.D) <= shared && attribute(cudaDevAttrReservedSharedMemoryPerBlock) == 1024,
+          "the tensor core kernel needs ", (tables + scratch_bytes(layer.D)) >> 10,
+          " KiB of shared memory a block, this GPU has ", shared >> 10,
+          "; use layout rows64 (million_ops.layouts_for chooses)");
   for (const Coded* book : {&layer.k, &layer.v})
     REQUIRE(reinterpret_cast<uintptr_t>(book->codebook) % 16 == 0 && reinterpret_cast<uintptr_t>(book->codes) % 16 == 0,
             "codebooks and codes must be aligned to 16 bytes");
@@ -206,13 +207,15 @@ void pq_append_(MILLION_APPEND_PARAMETERS) {
 // merges what clusters cannot (kLaunch, measured at 4k to 32k tokens). As many blocks run at once as there are
 // multiprocessors.
 int splits_for(const Attention& a, int64_t row_blocks, bool tensor_cores) {
-  constexpr int64_t kPrologue = 1000, kMerge = 16, kLaunch = 1000, kCluster = 8;
-  const int64_t at_once = a.at_once, blocks = a.layer.B * a.layer.H * row_blocks;
-  const int64_t tokens = std::min(a.layer.k.slots, a.layer.v.slots), weight = a.rows > 4 ? 2 : 1;
+  constexpr int64_t kPrologue = 1000, kMerge = 16, kLaunch = 1000;
+  const bool apart = tensor_cores && a.layer.D > 128;  // two blocks a split, which are the cluster
+  const int64_t at_once = a.at_once / (apart ? 2 : 1), cluster = apart ? 1 : 8,
+                blocks = a.layer.B * a.layer.H * row_blocks;
+  const int64_t tokens = std::min(a.layer.k.slots, a.layer.v.slots), weight = a.rows > 4 && !apart ? 2 : 1;
   int64_t best = 1, best_cost = 0;
   for (int64_t splits = 1; splits <= std::max<int64_t>(1, std::min(at_once, tokens / 64)); splits++) {
     const int64_t waves = (blocks * splits + at_once - 1) / at_once;
-    const int64_t launch = tensor_cores && a.overlap && splits > kCluster ? kLaunch : 0;
+    const int64_t launch = tensor_cores && a.overlap && splits > cluster ? kLaunch : 0;
     const int64_t cost = waves * (kPrologue + weight * ((tokens + splits - 1) / splits)) + kMerge * splits + launch;
     if (splits == 1 || cost < best_cost) best = splits, best_cost = cost;
   }
@@ -255,7 +258,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   a.overlap = can_overlap();
   a.at_once = attribute(cudaDevAttrMultiProcessorCount);
   a.shared = shared_limit();
-  a.splits = splits_for(a, (a.rows + 7) / 8, tensor_cores);
+  const int at_most = tensor_cores && layer.D > 128 ? 4 : 8;  // query rows of a block
+  a.splits = splits_for(a, (a.rows + at_most - 1) / at_most, tensor_cores);
   const auto floats = [&](int64_t count) { return torch::stable::new_empty(q, {count}, ScalarType::Float); };
   Tensor prepared = floats(tensor_cores ? layer.B * layer.H * tiles * a.frames * 2 * layer.D : query_floats * block);
   Tensor partials = floats(layer.B * heads * block * a.splits * (layer.D + 2));

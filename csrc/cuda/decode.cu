@@ -16,10 +16,24 @@ namespace million {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTokens = 64;                           // of a tile here
-constexpr int row_of(int D) { return D + 8; }         // channels from a token to the next: rows lie on other banks
-constexpr bool in_shared(int D) { return D <= 128; }  // the codebook
-constexpr int blocks_at_once(int D, bool split) { return D <= 64 || (D <= 128 && !split) ? 2 : 1; }
+constexpr int kTokens = 64;                    // of a tile here
+constexpr int row_of(int D) { return D + 8; }  // channels from a token to the next: rows lie on other banks
+
+// Of values, of keys with T^-1 in fp16, in fp32.
+enum class Mode { plain, half, split };
+
+// How a block of up to D channels works.
+template <int D, Mode mode>
+struct Shape {
+  static constexpr bool kPlain = mode == Mode::plain, kSplit = mode == Mode::split;
+  static constexpr bool kTable = D <= 128 || kPlain;                        // the codebook is in shared memory
+  static constexpr bool kKept = D <= 128 || !kSplit;                        // T^-1 stays in registers
+  static constexpr bool kInPlace = D <= 128 || kSplit;                      // products take the place of centroids
+  static constexpr int kBlocks = D <= 64 || (D <= 128 && !kSplit) ? 2 : 1;  // at once
+  static constexpr int kHalves = kTokens * row_of(D) * 2, kFloats = kPlain ? 0 : kTokens * row_of(D) * 4;
+  static constexpr int kStaged = kPlain ? kHalves : kInPlace ? kFloats : kHalves + kFloats;  // bytes
+  static_assert(kTokens * D / 2 * 4 <= kStaged);                                             // places, at first
+};
 
 __global__ void __launch_bounds__(kThreads) decode_kernel(const Decode a) {
   const int D = a.book.S * a.book.d;
@@ -60,19 +74,20 @@ struct Inverse {
   }
 };
 
-// `kD`: channels, or more. `Split`: T^-1 is fp32.
-template <int kD, bool Split>
-__global__ void __launch_bounds__(kThreads, blocks_at_once(kD, Split)) dequantize_kernel(const Dequantize a) {
+// `kD`: channels, or more.
+template <int kD, Mode mode>
+__global__ void __launch_bounds__(kThreads, Shape<kD, mode>::kBlocks) dequantize_kernel(const Dequantize a) {
+  using Of = Shape<kD, mode>;
   constexpr int kRow = row_of(kD), kUnits = kD / 8 / kWarps, kSteps = kD / 16, kTiles = kTokens / 16;
   constexpr int kWords = kD / 32;  // of 4 codes, a thread, at most
   extern __shared__ __align__(16) char shared[];
   const int D = a.D, S = int(a.book.S), d = int(a.book.d), h = blockIdx.y % a.H, b = blockIdx.y / a.H;
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const uint16_t* const codebook = a.book.codebook + int64_t(h) * kCentroids * D;
-  char* const staged = shared + (in_shared(kD) ? kCentroids * D * 2 : 0);
-  uint16_t* const centroids = reinterpret_cast<uint16_t*>(staged);  // [kTokens, kRow] fp16, then
-  float* const vectors = reinterpret_cast<float*>(staged);          // [kTokens, kRow] in their place
-  if constexpr (in_shared(kD))
+  char* const staged = shared + (Of::kTable ? kCentroids * D * 2 : 0);
+  uint16_t* const centroids = reinterpret_cast<uint16_t*>(staged);                             // [kTokens, kRow] fp16
+  float* const vectors = reinterpret_cast<float*>(staged + (Of::kInPlace ? 0 : Of::kHalves));  // [kTokens, kRow]
+  if constexpr (Of::kTable)
     for (int i = thread; i < kCentroids * D / 8; i += kThreads)
       reinterpret_cast<uint4*>(shared)[i] = __ldg(reinterpret_cast<const uint4*>(codebook) + i);
 
@@ -94,9 +109,8 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kD, Split)) dequantiz
 
   // Warp w forms columns 8 (w + 8 u) .. + 7.
   const int n = lane >> 2, c = lane & 3;
-  constexpr bool kKept = kD <= 128;  // T^-1 stays in registers
-  Inverse<Split> inverse[kKept ? kSteps : 1][kUnits];
-  if constexpr (kKept)
+  Inverse<Of::kSplit> inverse[Of::kKept ? kSteps : 1][kUnits];
+  if constexpr (Of::kKept && !Of::kPlain)
     if (a.inverse != nullptr) {
 #pragma unroll
       for (int step = 0; step < kSteps; step++)
@@ -135,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kD, Split)) dequantiz
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int code = codes[j] >> 8 * i & 255, from = code * D + int(places[j][i] >> 16);
-          const Vector x = in_shared(kD)
+          const Vector x = Of::kTable
                                ? *reinterpret_cast<const Vector*>(reinterpret_cast<const uint16_t*>(shared) + from)
                                : __ldg(reinterpret_cast<const Vector*>(codebook + from));
           *reinterpret_cast<Vector*>(centroids + (places[j][i] & 0xffff)) = x;
@@ -147,54 +161,59 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kD, Split)) dequantiz
     if (tile + int(gridDim.x) < tiles) fetch(tile + gridDim.x, codes);
     __syncthreads();
 
-    const bool plain = a.inverse == nullptr && a.inv_freq == nullptr;
-    if (a.inverse != nullptr) {
-      float y[kTiles][kUnits][4] = {};
+    if constexpr (!Of::kPlain) {
+      if (a.inverse != nullptr) {
+        constexpr int kAtOnce = Of::kInPlace ? kTiles : 1;
+#pragma unroll 1
+        for (int first = 0; first < kTiles; first += kAtOnce) {
+          float y[kAtOnce][kUnits][4] = {};
 #pragma unroll
-      for (int step = 0; step < kSteps; step++) {
-        if (16 * step >= D) break;
-        if constexpr (!kKept) {
+          for (int step = 0; step < kSteps; step++) {
+            if (16 * step >= D) break;
+            if constexpr (!Of::kKept) {
 #pragma unroll
-          for (int u = 0; u < kUnits; u++) inverse[0][u].take(a, h, 8 * (warp + kWarps * u) + n, 16 * step + 2 * c);
+              for (int u = 0; u < kUnits; u++) inverse[0][u].take(a, h, 8 * (warp + kWarps * u) + n, 16 * step + 2 * c);
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; i++) {
+              uint32_t x[4];
+              mma::load_operand(reinterpret_cast<const __half*>(centroids) + (16 * (first + i) + lane % 16) * kRow +
+                                    16 * step + lane / 16 * 8,
+                                x);
+#pragma unroll
+              for (int u = 0; u < kUnits; u++) inverse[Of::kKept ? step : 0][u].multiply(y[i][u], x);
+            }
+          }
+          if (Of::kInPlace) __syncthreads();
+#pragma unroll
+          for (int i = 0; i < kAtOnce; i++)
+#pragma unroll
+            for (int u = 0; u < kUnits; u++) {
+              float* to = vectors + (16 * (first + i) + n) * kRow + 8 * (warp + kWarps * u) + 2 * c;
+              *reinterpret_cast<float2*>(to) = {y[i][u][0], y[i][u][1]};
+              *reinterpret_cast<float2*>(to + 8 * kRow) = {y[i][u][2], y[i][u][3]};
+            }
         }
+      } else {  // to fp32, maybe in its own place
+        constexpr int kEach = kTokens * kD / 2 / kThreads;
+        const __half2* from = reinterpret_cast<const __half2*>(centroids);
+        float2 y[kEach];
 #pragma unroll
-        for (int i = 0; i < kTiles; i++) {
-          uint32_t x[4];
-          mma::load_operand(
-              reinterpret_cast<const __half*>(centroids) + (16 * i + lane % 16) * kRow + 16 * step + lane / 16 * 8, x);
-#pragma unroll
-          for (int u = 0; u < kUnits; u++) inverse[kKept ? step : 0][u].multiply(y[i][u], x);
+        for (int i = 0; i < kEach; i++) {
+          const int at = thread + i * kThreads;
+          y[i] = __half22float2(from[(at / (kD / 2) * kRow + at % (kD / 2) * 2) / 2]);
         }
-      }
-      __syncthreads();
+        __syncthreads();
 #pragma unroll
-      for (int i = 0; i < kTiles; i++)
-#pragma unroll
-        for (int u = 0; u < kUnits; u++) {
-          float* to = vectors + (16 * i + n) * kRow + 8 * (warp + kWarps * u) + 2 * c;
-          *reinterpret_cast<float2*>(to) = {y[i][u][0], y[i][u][1]};
-          *reinterpret_cast<float2*>(to + 8 * kRow) = {y[i][u][2], y[i][u][3]};
+        for (int i = 0; i < kEach; i++) {
+          const int at = thread + i * kThreads;
+          *reinterpret_cast<float2*>(vectors + at / (kD / 2) * kRow + at % (kD / 2) * 2) = y[i];
         }
-      __syncthreads();
-    } else if (!plain) {  // to fp32 in its own place
-      constexpr int kEach = kTokens * kD / 2 / kThreads;
-      const __half2* from = reinterpret_cast<const __half2*>(centroids);
-      float2 y[kEach];
-#pragma unroll
-      for (int i = 0; i < kEach; i++) {
-        const int at = thread + i * kThreads;
-        y[i] = __half22float2(from[(at / (kD / 2) * kRow + at % (kD / 2) * 2) / 2]);
-      }
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kEach; i++) {
-        const int at = thread + i * kThreads;
-        *reinterpret_cast<float2*>(vectors + at / (kD / 2) * kRow + at % (kD / 2) * 2) = y[i];
       }
       __syncthreads();
     }
 
-    if (a.inv_freq != nullptr) {  // a thread turns one pair of channels of neighbouring tokens
+    if (!Of::kPlain && a.inv_freq != nullptr) {  // a thread turns one pair of channels of neighbouring tokens
       constexpr int kPairs = kD / 2, kRun = kTokens / (kThreads / kPairs);
       if (const int pair = thread % kPairs; pair < a.half) {
         const int first = a.interleaved ? 2 * pair : pair, second = a.interleaved ? 2 * pair + 1 : pair + a.half;
@@ -227,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kD, Split)) dequantiz
       const int64_t to = ((int64_t(blockIdx.y) * a.T + slot) * D + channel) * (a.dtype == DType::f32 ? 4 : 2);
       char* out = static_cast<char*>(a.out) + to;
       float2 x[4];
-      if (plain) {
+      if constexpr (Of::kPlain) {
         const uint4 half = *reinterpret_cast<const uint4*>(centroids + t * kRow + channel);
         if (a.dtype == DType::f16) {
           *reinterpret_cast<uint4*>(out) = half;
@@ -253,16 +272,24 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kD, Split)) dequantiz
   }
 }
 
-template <int kD, bool Split>
+template <int kD, Mode mode>
 cudaError_t dequantize(const Dequantize& a, int multiprocessors, cudaStream_t stream) {
-  const int shared = (in_shared(kD) ? kCentroids * a.D * 2 : 0) + kTokens * row_of(kD) * int(sizeof(float));
-  const auto kernel = dequantize_kernel<kD, Split>;
+  using Of = Shape<kD, mode>;
+  const int shared = (Of::kTable ? kCentroids * a.D * 2 : 0) + Of::kStaged;
+  const auto kernel = dequantize_kernel<kD, mode>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess)
     return cudaGetLastError();  // and clears it
   const int64_t heads = int64_t(a.B) * a.H, tiles = (a.T + kTokens - 1) / kTokens;
-  const int64_t blocks = (blocks_at_once(kD, Split) * multiprocessors + heads - 1) / heads;
+  const int64_t blocks = (Of::kBlocks * multiprocessors + heads - 1) / heads;
   kernel<<<dim3(std::min(tiles, blocks), heads), kThreads, shared, stream>>>(a);
   return cudaGetLastError();
+}
+
+template <Mode mode>
+cudaError_t dequantize(const Dequantize& a, int multiprocessors, cudaStream_t stream) {
+  if (a.D <= 64) return dequantize<64, mode>(a, multiprocessors, stream);
+  if (a.D <= 128) return dequantize<128, mode>(a, multiprocessors, stream);
+  return dequantize<256, mode>(a, multiprocessors, stream);
 }
 
 }  // namespace
@@ -274,12 +301,9 @@ cudaError_t decode_launch(const Decode& a, cudaStream_t stream) {
 }
 
 cudaError_t dequantize_launch(const Dequantize& a, bool split, int multiprocessors, cudaStream_t stream) {
-  if (a.D <= 64)
-    return split ? dequantize<64, true>(a, multiprocessors, stream) : dequantize<64, false>(a, multiprocessors, stream);
-  if (a.D <= 128)
-    return split ? dequantize<128, true>(a, multiprocessors, stream)
-                 : dequantize<128, false>(a, multiprocessors, stream);
-  return split ? dequantize<256, true>(a, multiprocessors, stream) : dequantize<256, false>(a, multiprocessors, stream);
+  if (a.inverse == nullptr && a.inv_freq == nullptr) return dequantize<Mode::plain>(a, multiprocessors, stream);
+  return split ? dequantize<Mode::split>(a, multiprocessors, stream)
+               : dequantize<Mode::half>(a, multiprocessors, stream);
 }
 
 }  // namespace million

@@ -66,7 +66,8 @@ struct Dequantize {
   bool interleaved;
 };
 
-constexpr int kScratch = 34 << 10;  // shared memory of the tensor core kernel beside its tables, at most
+// Shared memory of a block of the tensor core kernel beside its tables, at most.
+constexpr int scratch_bytes(int64_t D) { return D > 128 ? 52 << 10 : 34 << 10; }
 
 // Each launches on `stream` and returns cudaGetLastError(). head_dim: a multiple of 8, at most 256.
 cudaError_t encode_launch(const Encode&, cudaStream_t);

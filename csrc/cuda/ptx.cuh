@@ -135,15 +135,39 @@ __device__ __forceinline__ void barriers_to_cluster() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-// Writes x to `at` in the shared memory of another block of the cluster, and tells its barrier.
-__device__ __forceinline__ void to_block(const float4* at, int block, float4 x, const uint64_t* barrier) {
+// The address of `at` in the shared memory of another block of the cluster.
+__device__ __forceinline__ uint32_t in_block(const void* at, int block) {
+  uint32_t there = 0;
 #if __CUDA_ARCH__ >= 900
-  uint32_t there, its_barrier;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(block));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(its_barrier) : "r"(shared_address(barrier)), "r"(block));
+#endif
+  return there;
+}
+// Writes x to such an address, and tells a barrier of that block.
+__device__ __forceinline__ void send(uint32_t there, float4 x, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(there),
-               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(its_barrier)
+               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
                : "memory");
+#endif
+}
+__device__ __forceinline__ void send(uint32_t there, uint2 x, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1,%2}, [%3];" ::"r"(there),
+               "r"(x.x), "r"(x.y), "r"(barrier)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void send(uint32_t there, uint32_t x, uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there), "r"(x),
+               "r"(barrier)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void barrier_arrive_there(uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 #endif
 }
 // Between ordinary accesses to shared memory and bulk copies to it.

@@ -97,7 +97,12 @@ def check_dequantize(
     _dtype("origin", origin, torch.int32)
     _require(frame_tokens >= 0, f"frame_tokens must not be negative, got {frame_tokens}")
     _require(first_slot >= 0, f"first_slot must not be negative, got {first_slot}")
-    for name, x in (("codebook", codebook), ("transform_inv", transform_inv), ("inv_freq", inv_freq), ("origin", origin)):
+    for name, x in (
+        ("codebook", codebook),
+        ("transform_inv", transform_inv),
+        ("inv_freq", inv_freq),
+        ("origin", origin),
+    ):
         if x is not None:
             _device(name, x, codes)
 

@@ -69,7 +69,9 @@ def _(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @_fake("pq_dequantize")
-def _(codes: Tensor, codebook: Tensor, transform_inv, inv_freq, origin: Tensor, layout: int, dtype: torch.dtype, *args) -> Tensor:
+def _(
+    codes: Tensor, codebook: Tensor, transform_inv, inv_freq, origin: Tensor, layout: int, dtype: torch.dtype, *args
+) -> Tensor:
     check_dequantize(codes, codebook, transform_inv, inv_freq, origin, layout, dtype, *args)
     B, H, tiles, _ = codes.shape
     _, _, S, d = codebook.shape

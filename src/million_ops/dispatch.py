@@ -9,9 +9,10 @@ import torch
 from million_ops._loader import has_kernels
 from million_ops.layout import LAYOUTS, Layout, mma_table_pages
 
-MMA_SCRATCH = (
-    34 << 10
-)  # shared memory that the tensor core kernel needs beside its pages: kScratch in csrc/cuda/kernels.h
+
+def mma_scratch(head_dim: int) -> int:
+    """Bytes of shared memory that the tensor core kernel needs beside its pages: ``scratch_bytes`` in csrc/cuda/kernels.h."""
+    return (52 if head_dim > 128 else 34) << 10
 
 
 def shared_memory(device: torch.device) -> int:
@@ -46,7 +47,7 @@ def layouts_for(
         and dtype != torch.float32
         and pages
         and has_kernels("cuda")
-        and (pages << 16) + MMA_SCRATCH <= shared_memory(device)
+        and (pages << 16) + mma_scratch(head_dim) <= shared_memory(device)
     ):
         return LAYOUTS[2], LAYOUTS[3]
     return LAYOUTS[1], LAYOUTS[1]

@@ -23,6 +23,7 @@ MMA_SHAPES = {
     64: ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8)),
     96: ((2, 2), (4, 4)),
     128: ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8)),
+    256: ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8)),
 }
 HEAD_DIMS = (64, 96, 128, 256)  # what the compiled kernels are tested for; the reference takes any multiple of d_m
 
@@ -124,11 +125,11 @@ def mma_table_pages(head_dim: int, k_subspace_dim: int, v_subspace_dim: int) -> 
     """64 KiB pages of shared memory that the smallest lookup tables of layouts ``mma_k`` and ``mma_v`` take, or None where they do not apply.
 
     A page has a row of 256 bytes for each of 256 codes, for keys and values together if that holds both; GPUs with more shared
-    memory take larger tables with fewer bank conflicts. `csrc/cuda/attention_tables.cuh` lays them out.
+    memory take larger tables with fewer bank conflicts. With head_dim 256 a block has keys' or values' alone. `csrc/cuda/attention_tables.cuh` lays them out.
     """
     if (k_subspace_dim, v_subspace_dim) not in MMA_SHAPES.get(head_dim, ()):
         return None
-    return -(-2 * 2 * head_dim // 256)
+    return -(-2 * head_dim // 256) if head_dim > 128 else -(-2 * 2 * head_dim // 256)
 
 
 def pack(codes: Tensor, layout: Layout, capacity: int | None = None) -> Tensor:

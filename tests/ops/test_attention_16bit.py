@@ -46,15 +46,16 @@ def layer_of(**options):
 
 
 @pytest.mark.parametrize("past", [0, 1, 4, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 3000])
-@pytest.mark.parametrize(("n", "group"), [(1, 4), (3, 2)])
-def test_lengths(past, n, group):
-    check(layer_of(past=past, batch=2, start=[0, 2], recent=16, frame_tokens=256), n, group)
+@pytest.mark.parametrize(("n", "group", "head_dim"), [(1, 4, 128), (3, 2, 128), (1, 2, 256), (1, 4, 256)])
+def test_lengths(past, n, group, head_dim):
+    layer = layer_of(past=past, batch=2, start=[0, 2], recent=16, frame_tokens=256, head_dim=head_dim)
+    check(layer, n, group)
 
 
 @pytest.mark.parametrize("group", range(1, 9))
-@pytest.mark.parametrize("n", [1, 2, 5, 16])
-def test_groups_and_chunks(group, n):
-    check(layer_of(past=300), n, group)
+@pytest.mark.parametrize(("n", "head_dim"), [(1, 128), (2, 128), (5, 128), (16, 128), (1, 256), (3, 256)])
+def test_groups_and_chunks(group, n, head_dim):
+    check(layer_of(past=300, head_dim=head_dim), n, group)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
@@ -86,38 +87,52 @@ def test_misaligned_inverse(device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group", [1, 4, 8])
-def test_dtypes(dtype, group):
-    check(layer_of(past=700, dtype=dtype), group=group)
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_dtypes(dtype, group, head_dim):
+    check(layer_of(past=700, dtype=dtype, head_dim=head_dim), group=group)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_many_splits(head_dim):
+    """More tokens than one launch needs blocks for."""
+    check(layer_of(past=20_000, heads=2, head_dim=head_dim, frame_tokens=2048), group=4)
 
 
 @pytest.mark.parametrize("frame_tokens", [0, 1, 48, 64, 100, 128, 2048])
 @pytest.mark.parametrize(("rotary", "interleaved"), [(None, False), (64, True), (0, False)])
-def test_frames(frame_tokens, rotary, interleaved):
-    layer = layer_of(past=460, frame_tokens=frame_tokens, rotary=rotary, interleaved=interleaved, shift=6000)
-    check(layer, group=4)
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (256, 4), (256, 1)])
+def test_frames(frame_tokens, rotary, interleaved, head_dim, group):
+    layer = layer_of(
+        past=460, frame_tokens=frame_tokens, rotary=rotary, interleaved=interleaved, shift=6000, head_dim=head_dim
+    )
+    check(layer, group=group)
 
 
 @pytest.mark.parametrize("transform", [True, False])
 @pytest.mark.parametrize("recent", [0, 1, 16, 200])
 @pytest.mark.parametrize("sinks", [0, 1, 4, 40])
-def test_windows(transform, recent, sinks):
-    check(layer_of(past=350, recent=recent, sinks=sinks, transform=transform), 3, group=2)
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_windows(transform, recent, sinks, head_dim):
+    check(layer_of(past=350, recent=recent, sinks=sinks, transform=transform, head_dim=head_dim), 3, group=2)
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 63, 64, 100, 149, 150, 152, 400])
-def test_padding(start):
-    check(layer_of(past=150, batch=2, start=[start, 3]), 4, group=2)
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_padding(start, head_dim):
+    check(layer_of(past=150, batch=2, start=[start, 3], head_dim=head_dim), 4, group=2)
 
 
 @pytest.mark.parametrize("slots", [90, 200, 400])
 @pytest.mark.parametrize("density", [0.02, 0.5])
-def test_masks_with_holes(slots, density):
-    layer = layer_of(past=350, batch=2, start=[0, 9])
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_masks_with_holes(slots, density, head_dim):
+    layer = layer_of(past=350, batch=2, start=[0, 9], head_dim=head_dim)
     check(layer, 6, group=2, mask=torch.rand(2, 1, 6, slots) < density)
 
 
-def test_what_nobody_sees_may_hold_anything():
-    layer = layer_of(past=300, recent=16)
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_what_nobody_sees_may_hold_anything(head_dim):
+    layer = layer_of(past=300, recent=16, head_dim=head_dim)
     mask = torch.ones(1, 1, 3, 303, dtype=torch.bool)
     mask[..., [1, 290, 301]] = False  # a sink, a slot of the ring, a new token
     q, k, v = layer.new_tokens(3)
@@ -160,7 +175,7 @@ def test_any_scale(scale):
     assert error <= FACTOR * bound + 1e-3 * truth.norm()
 
 
-@pytest.mark.parametrize(("kib", "head_dims"), [(48, ()), (99, (64,)), (163, (64, 96, 128)), (227, (64, 96, 128))])
+@pytest.mark.parametrize(("kib", "head_dims"), [(48, ()), (99, (64,)), (163, (64, 96, 128)), (227, (64, 96, 128, 256))])
 def test_layouts_by_shared_memory(monkeypatch, kib, head_dims):
     """Which head_dims the tensor core kernel's tables fit, of GPUs from a GeForce to an H100."""
     limit = SimpleNamespace(shared_memory_per_block_optin=227 << 10)

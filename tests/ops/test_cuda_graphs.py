@@ -89,9 +89,10 @@ def test_across_borders(dtype, past):
 
 
 @pytest.mark.parametrize("group", [1, 8])
-def test_groups(group):
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_groups(group, head_dim):
     layer = make_layer(
-        heads=2, head_dim=128, past=500, capacity=1024, recent=16, frame_tokens=128, dtype=torch.bfloat16
+        heads=2, head_dim=head_dim, past=500, capacity=1024, recent=16, frame_tokens=128, dtype=torch.bfloat16
     )
     run_both([Decoding(layer, group)], group, 40)
 
@@ -106,11 +107,13 @@ def test_several_caches_on_several_streams():
     run_both([Decoding(x, 4) for x in layers], 4, 60, streams=3)
 
 
-@pytest.mark.parametrize("batch, capacity", [(1, 20_000), (8, 2_000)])
-def test_attention_right_behind_an_append(batch, capacity):
+@pytest.mark.parametrize(
+    "batch, capacity, head_dim", [(1, 20_000, 128), (8, 2_000, 128), (1, 20_000, 256), (8, 2_000, 256)]
+)
+def test_attention_right_behind_an_append(batch, capacity, head_dim):
     """Layers of one model in turn, nothing between the append of one and the attention of the next: several steps in one graph."""
     layers = [
-        make_layer(batch=batch, heads=8, head_dim=128, past=capacity - 100, capacity=capacity, frame_tokens=256, dtype=torch.float16)
+        make_layer(batch=batch, heads=8, head_dim=head_dim, past=capacity - 100, capacity=capacity, frame_tokens=256, dtype=torch.float16)
         for _ in range(3)
     ]  # fmt: skip
     tokens = [[layer.new_tokens(1, 4) for layer in layers] for _ in range(4)]

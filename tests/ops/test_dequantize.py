@@ -79,7 +79,16 @@ def test_lengths(tokens, layout):
 def test_rotation(rotary, interleaved, transform):
     """Frames of every length, borders within a tile, tiles that begin anywhere, positions far out."""
     args, plain = parts(96, 2, 200, LAYOUTS[2], transform=transform, rotary=rotary)
-    for frame_tokens, first_slot in ((0, 0), (1, 0), (7, 0), (48, 64), (64, 128), (100, 704), (2048, 1984), (1 << 40, 64)):
+    for frame_tokens, first_slot in (
+        (0, 0),
+        (1, 0),
+        (7, 0),
+        (48, 64),
+        (64, 128),
+        (100, 704),
+        (2048, 1984),
+        (1 << 40, 64),
+    ):
         check(args, plain, torch.float16, frame_tokens, interleaved, first_slot)
     check(args, plain, torch.bfloat16, 2048, interleaved, 1 << 20)
 
@@ -111,11 +120,9 @@ def test_many_tiles():
 
 def test_large_numbers():
     """Beyond fp16 a key is infinite, as it is for torch."""
-    args, plain = parts(64, 2, 64, LAYOUTS[1])
+    args, _ = parts(64, 2, 64, LAYOUTS[1])
     codes, codebook, *rest = args
     codebook = codebook.float().mul(30000).clamp(-65504, 65504).half()
     for dtype in DTYPES:
-        got, want = (
-            f(codes, codebook, *rest, dtype, 64, False, 0) for f in (pq_dequantize, reference.pq_dequantize)
-        )
+        got, want = (f(codes, codebook, *rest, dtype, 64, False, 0) for f in (pq_dequantize, reference.pq_dequantize))
         assert (got.isinf() == want.isinf()).float().mean() > 0.999 and not got.isnan().any()
