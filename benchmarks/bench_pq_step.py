@@ -24,7 +24,7 @@ from million_cache.config import PRESETS
 from million_cache.long_chunk import attend_long
 from tests.ops.layer_state import make_layer
 
-MLP = {"SmolLM2": 1536, "Llama-3-8B": 14336, "Llama-2-7B": 11008, "Qwen-like": 18944}  # channels
+MLP = {"SmolLM2": 1536, "Llama-3-8B": 14336, "Llama-2-7B": 11008, "Qwen-like": 18944, "Gemma-3-12B": 15360}  # channels
 STEPS = [(shape, tokens) for shape in SHAPES for tokens in (1024, 2048, 8192, 32768)]
 
 

@@ -315,7 +315,9 @@ struct Block : RowBlock {
 
   // A whole tile where registers suffice: what is looked up next has been asked for a tile before, which is long enough
   // for memory.
-  static constexpr Unit kKeyUnit{2 * K::kSteps, S::Rows > 2}, kValueUnit{4 * V::kSteps, S::Rows == 4 && S::VD < 8};
+  static constexpr bool fits(int words) { return words <= 32; }
+  static constexpr Unit kKeyUnit{2 * K::kSteps, S::Rows > 2 && fits(2 * K::kSteps)};
+  static constexpr Unit kValueUnit{4 * V::kSteps, S::Rows == 4 && S::VD < 8 && fits(4 * V::kSteps)};
   static constexpr int kWords = kKeyUnit.words > kValueUnit.words ? kKeyUnit.words : kValueUnit.words;
   static constexpr int kKeyTile = kTile * S::D / S::KD, kValueTile = kTile * S::D / S::VD;  // bytes
   using Words = uint32_t[kWords];
@@ -1230,6 +1232,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __gr
   if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
   Scratch<S>& scratch = *reinterpret_cast<Scratch<S>*>(shared + S::kTableBytes);
   touch(a);
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   Block<S>::init_barriers(a, scratch);
   for (int i = threadIdx.x; i < S::Rows * kTile / 8; i += S::kThreads)
     reinterpret_cast<uint4*>(scratch.zeros)[i] = uint4{};
@@ -1276,6 +1279,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __gr
     __syncthreads();
     block.finish(numerators);
   }
+#endif
 }
 
 template <class S>

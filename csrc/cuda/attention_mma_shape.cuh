@@ -31,11 +31,10 @@ struct Shape {
   static constexpr int kTiles = Rows > 4 ? 2 : 1;    // A operands of 4 query rows
   static constexpr int kHalves = Rows == 2 ? 1 : 2;  // query rows of a lane in a tile: rh, and rh + 2
   static constexpr int kLaneRows = kTiles * kHalves;
-  static constexpr int kPairs = Rows == 8   ? 4
-                                : Rows == 4 ? 6
-                                            : 8;  // of warps: one spilled register costs more than a pair brings
   // Keys' and values' tables too large for one block: keys' warps in one, values' in another of a cluster of two.
   static constexpr bool kApart = D > 128;
+  // Of warps: one spilled register costs more than a pair brings.
+  static constexpr int kPairs = kApart ? 8 : Rows == 8 ? 4 : Rows == 4 ? 6 : 8;
   static constexpr int kBlocks = kApart ? 2 : 1;          // of a split
   static constexpr int kValueWarp = kApart ? 0 : kPairs;  // the first warp for values, which also prepare queries
   static constexpr int kHalf = kPairs * kWarp, kThreads = kApart ? kHalf : 2 * kHalf;
