@@ -113,7 +113,9 @@ def test_frames(frame_tokens, rotary, interleaved, head_dim, group):
 @pytest.mark.parametrize("sinks", [0, 1, 4, 40])
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_windows(transform, recent, sinks, head_dim):
-    check(layer_of(past=350, recent=recent, sinks=sinks, transform=transform, head_dim=head_dim), 3, group=2)
+    # Several heads: the error of a row whose softmax picks one token is a matter of luck, and one may be four times as unlucky.
+    layer = layer_of(past=350, recent=recent, sinks=sinks, transform=transform, head_dim=head_dim, heads=4)
+    check(layer, 3, group=2)
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 63, 64, 100, 149, 150, 152, 400])
