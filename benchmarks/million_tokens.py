@@ -54,7 +54,7 @@ STEP = 8192  # tokens to which the longest context is found
 LONGEST = 1 << 26  # tokens that no GPU holds
 CHUNK, BEHIND = (
     2048,
-    16384,
+    32768,
 )  # tokens of the prefill that must fit, and of the cache before it: a full workspace of `long_chunk`
 
 

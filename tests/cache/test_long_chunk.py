@@ -37,9 +37,12 @@ def everywhere(monkeypatch):
     return used
 
 
-@pytest.fixture(params=["llama", "gemma3"])
+MODELS = {"llama": tiny_llama, "gemma3": tiny_gemma3, "head_dim 256": lambda: tiny_llama(head_dim=256)}
+
+
+@pytest.fixture(params=MODELS)
 def model(device, request):
-    model = {"llama": tiny_llama, "gemma3": tiny_gemma3}[request.param]().to(device, dtype(device))
+    model = MODELS[request.param]().to(device, dtype(device))
     enable(model)
     yield model
     disable(model)
