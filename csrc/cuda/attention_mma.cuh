@@ -1,4 +1,4 @@
-// PQ attention on tensor cores, for layouts mma_k and mma_v: head_dim 64, 96, 128 and 16-bit models.
+// PQ attention on tensor cores, for layouts mma_k and mma_v: head_dim 64, 96, 128, 256 and 16-bit models.
 //
 //   out[b,i,h,:] = sum_s p_s v_s,  p = softmax_s(scale q . k_s),  as in attention.cu
 //
@@ -33,6 +33,10 @@
 //     values of exact tokens.
 // The splits of a row are a cluster of blocks, if so many fit, and send their parts to each other's shared memory; else
 // they leave partial results and a second kernel merges.
+//
+// With head_dim 256 the tables of keys and of values need a block each (`kApart`): the two are a cluster, all warps of
+// the first have scores, all of the second values. Probabilities go to slots in the other block's shared memory
+// (st.async), whose barriers count their bytes; the splits of a row are merged by the second kernel.
 #pragma once
 
 #include <cuda_pipeline.h>
