@@ -487,7 +487,8 @@ struct Block : RowBlock {
     }
   }
 
-  // q_f = T^-T R(-t_f) q of the block's frames: products on tensor cores. By the warps for values. Blocks that share a
+  // q_f = T^-T R(-t_f) q of the block's frames: products on tensor cores. By the warps for values, or those of the
+  // block of keys. Blocks that share a
   // frame write the same.
   __device__ void prepare(const Frames& frames, const Prepared& to, const Inverse& inverse) const {
     const int count = products(frames);
@@ -1250,6 +1251,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __gr
   const int pair = block.warp, origin = block.ask_origin();
   using K = typename S::K;
   using V = typename S::V;
+  static_assert(!K::kWhole && !V::kWhole);  // `load_table` leaves those to bulk copies
   if (blockIdx.x % 2 == 0) {
     typename Block<S>::Asked asked;
     block.ask_query(block.first_row(), asked);

@@ -36,7 +36,7 @@ struct Shape {
   // Of warps: one spilled register costs more than a pair brings.
   static constexpr int kPairs = kApart ? 8 : Rows == 8 ? 4 : Rows == 4 ? 6 : 8;
   static constexpr int kBlocks = kApart ? 2 : 1;          // of a split
-  static constexpr int kValueWarp = kApart ? 0 : kPairs;  // the first warp for values, which also prepare queries
+  static constexpr int kValueWarp = kApart ? 0 : kPairs;  // the first of those for values, or that prepare queries
   static constexpr int kHalf = kPairs * kWarp, kThreads = kApart ? kHalf : 2 * kHalf;
   using K = KeyTable<D, KD, Narrow>;
   using V = ValueTable<D, VD, Narrow>;

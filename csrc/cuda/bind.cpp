@@ -46,7 +46,6 @@ bool can_overlap() { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
 // What the current device cannot run is refused before anything is launched.
 void check_head_dim(int64_t D) {
-  constexpr int kWideShared = 161 << 10;
   REQUIRE(D > 0 && D <= 256 && D % kChannelStep == 0, "the CUDA kernels need a head_dim that is a multiple of ",
           kChannelStep, " and at most 256, got ", D);
   REQUIRE(attribute(cudaDevAttrComputeCapabilityMajor) >= 8,

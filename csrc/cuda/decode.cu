@@ -33,6 +33,8 @@ struct Shape {
   static constexpr int kHalves = kTokens * row_of(D) * 2, kFloats = kPlain ? 0 : kTokens * row_of(D) * 4;
   static constexpr int kStaged = kPlain ? kHalves : kInPlace ? kFloats : kHalves + kFloats;  // bytes
   static_assert(kTokens * D / 2 * 4 <= kStaged);                                             // places, at first
+  // bind.cpp refuses head_dim 256 where a block has less.
+  static_assert((kTable ? kCentroids * D * 2 : 0) + kStaged <= kWideShared);
 };
 
 __global__ void __launch_bounds__(kThreads) decode_kernel(const Decode a) {

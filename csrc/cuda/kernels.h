@@ -66,6 +66,8 @@ struct Dequantize {
   bool interleaved;
 };
 
+constexpr int kWideShared = 161 << 10;  // shared memory that a block with head_dim above 128 needs
+
 // Shared memory of a block of the tensor core kernel beside its tables, at most.
 constexpr int scratch_bytes(int64_t D) { return D > 128 ? 52 << 10 : 34 << 10; }
 

@@ -24,8 +24,8 @@ from million_cache.models import check_supported, fingerprint, text_config
 from million_cache.state import ATTENTION, Enabled, PaddingCheck, enabled, forget_enabled, record_enabled
 
 # Forwards of up to this many tokens on a non-empty cache take the decode path, where a chunk equals single steps whatever the
-# window. A longer one is a prefill: like a prefill into an empty cache it attends to all of its own tokens exactly; a very long
-# one on a GPU (`long_chunk.py`) to the recent tokens before it as well.
+# window. A longer one is a prefill: like a prefill into an empty cache it attends to all of its own tokens exactly; where its
+# queries times the cached tokens are many, on a GPU (`long_chunk.py`), to the recent tokens before it as well.
 DECODE_CHUNK = 64
 
 # What an attention function may be asked for and this one cannot give, by its keyword.

@@ -2,8 +2,8 @@
 
 Attention from codes reads every code once for a few queries. With a hundred queries that is slower than decoding a code
 once and multiplying matrices, so here the cache is decoded, some ten thousand tokens at a time, into a workspace whose size
-does not depend on the length, and PyTorch's FlashAttention does the rest. Results over the parts of the cache merge by
-their log-sum-exp.
+does not depend on the length (the last part also has the new tokens), and PyTorch's FlashAttention does the rest. Results over
+the parts of the cache merge by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ LEAST_PAIRS = (
 
 
 def serves(q: Tensor) -> bool:
-    """Whether `attend_long` can take these queries [B, Hq, n, D]: 16 bit, on a GPU that runs FlashAttention, and neither while
-    tracing nor while a graph is captured, which would hold the length fixed."""
+    """Whether `attend_long` can take these queries [B, Hq, n, D]: 16 bit, on an NVIDIA GPU that runs FlashAttention, and neither
+    while tracing nor while a graph is captured, which would hold the length fixed. (AMD's FlashAttention aligns the causal mask of
+    fewer queries than keys at the other end.)"""
     return (
         q.is_cuda
+        and torch.version.hip is None
         and q.dtype != torch.float32
         and q.shape[3] % 8 == 0
         and q.shape[3] <= 256
@@ -150,8 +152,11 @@ def attend_long(layer: MillionLayer, q: Tensor, k: Tensor, v: Tensor, scale: flo
 
     Waits for the device once a forward, to learn the length.
     """
+    queries = q.shape[:3].numel()
+    if queries * layer.max_cache_len < LEAST_PAIRS:  # known without waiting
+        return None
     past, ring_lo, starts = layer.clock.on_host(layer.layer_idx)
-    few = q.shape[:3].numel() * past < LEAST_PAIRS
+    few = queries * past < LEAST_PAIRS
     if few or max(starts) >= past or past + q.shape[2] > layer.max_cache_len:
         return None
     most = max(1, WORKSPACE // (LEAST * k.shape[1] * k.shape[3]))  # rows at once

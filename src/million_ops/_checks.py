@@ -64,8 +64,12 @@ def check_decode(codes: Tensor, codebook: Tensor, dtype: torch.dtype) -> None:
 
 
 def _codes(name: str, codes: Tensor, codebook: Tensor, layout_id: int, batch: int | None, heads: int) -> None:
-    layout = layout_by_id(layout_id)
-    _shape(name, codes, (batch, heads, None, layout.tile_tokens * codebook.shape[2]), f"packed as {layout.name}")
+    layout, S = layout_by_id(layout_id), codebook.shape[2]
+    _require(
+        S % layout.subspace_step == 0,
+        f"{name} cannot be packed as {layout.name}: {S} subspaces are not a multiple of {layout.subspace_step}",
+    )
+    _shape(name, codes, (batch, heads, None, layout.tile_tokens * S), f"packed as {layout.name}")
     _dtype(name, codes, torch.uint8)
 
 

@@ -141,6 +141,13 @@ def test_encode_and_decode_arguments(op, change, message):
     ({"codes": lambda x: x[..., :16]}, "codes must be packed as rows64"),
     ({"layout": lambda x: 7}, "unknown layout_id 7"),
     ({"layout": lambda x: 0}, "codes must be packed as plain"),
+    (
+        {
+            "layout": lambda x: 2, "codes": lambda x: x[..., : 64 * 4], "codebook": lambda x: torch.randn(2, 256, 4, 8).half(),
+            "transform_inv": lambda x: None, "inv_freq": lambda x: None,
+        },
+        "codes cannot be packed as mma_k: 4 subspaces are not a multiple of 8",
+    ),
     ({"codebook": lambda x: x.float()}, "codebook must be .*float16"),
     ({"codebook": lambda x: x[:1]}, "codebook must be"),
     ({"transform_inv": lambda x: x[:, :32]}, "transform_inv must be"),
