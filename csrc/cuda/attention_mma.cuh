@@ -488,8 +488,7 @@ struct Block : RowBlock {
   }
 
   // q_f = T^-T R(-t_f) q of the block's frames: products on tensor cores. By the warps for values, or those of the
-  // block of keys. Blocks that share a
-  // frame write the same.
+  // block of keys. Blocks that share a frame write the same.
   __device__ void prepare(const Frames& frames, const Prepared& to, const Inverse& inverse) const {
     const int count = products(frames);
     if (!S::kApart && count > 1) named_arrive(kTurnedFree + 1, S::kThreads);

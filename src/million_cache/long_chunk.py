@@ -18,9 +18,8 @@ from million_cache.cache import MillionLayer
 
 WORKSPACE = 1 << 25  # elements of one decoded tensor: 64 MiB of 16-bit numbers
 LEAST = 1024  # tokens decoded at once
-LEAST_PAIRS = (
-    1 << 25
-)  # of queries and keys: with fewer the op takes no longer than the host needs to launch all this, 0.3 ms
+# Of queries and keys: with fewer the op takes no longer than the host needs to launch all this, 0.3 ms.
+LEAST_PAIRS = 1 << 25
 
 
 def serves(q: Tensor) -> bool:

@@ -63,6 +63,17 @@ def close(got, want, device):
 
 
 @torch.no_grad()
+def prefilled(device, ids):
+    """The first layer of a cache of `PAST` tokens."""
+    model = tiny_llama().to(device, dtype(device))
+    enable(model)
+    cache = MillionStaticCache(model.config, lossless_for(model, ids, CONFIG), LENGTH)
+    model(ids[:, :PAST], past_key_values=cache)
+    disable(model)
+    return cache.layers[0]
+
+
+@torch.no_grad()
 def two_turns(model, ids, cache, mask=None, third=4):
     """Logits of a long second turn and of a few decode steps after it."""
     results, begin = [], 0
@@ -159,13 +170,7 @@ def test_what_serves(device, ids, monkeypatch):
     assert SERVES(q) == (device == "cuda")
     for other in (q.float(), q[..., :60], torch.cat([q] * 5, -1)):
         assert not SERVES(other)
-    model = tiny_llama().to(device, dtype(device))
-    enable(model)
-    cache = MillionStaticCache(model.config, lossless_for(model, ids, CONFIG), LENGTH)
-    with torch.no_grad():
-        model(ids[:, :PAST], past_key_values=cache)
-    disable(model)
-    layer, n = cache.layers[0], DECODE_CHUNK + 5
+    layer, n = prefilled(device, ids), DECODE_CHUNK + 5
     layer.clock.begin(n)
     q, k = (torch.randn(2, heads, n, 32, device=device, dtype=dtype(device)) for heads in (4, 2))
     for least, taken in ((2 * 4 * n * PAST, True), (2 * 4 * n * PAST + 1, False)):
@@ -175,13 +180,7 @@ def test_what_serves(device, ids, monkeypatch):
 
 def test_more_than_fits(device, ids):
     """Where compiled steps have filled the cache unseen, the ops take the chunk and the overflow is reported."""
-    model = tiny_llama().to(device, dtype(device))
-    enable(model)
-    cache = MillionStaticCache(model.config, lossless_for(model, ids, CONFIG), LENGTH)
-    with torch.no_grad():
-        model(ids[:, :PAST], past_key_values=cache)
-    disable(model)
-    layer, n = cache.layers[0], DECODE_CHUNK + 5
+    layer, n = prefilled(device, ids), DECODE_CHUNK + 5
     layer.clock.time[:2] = LENGTH - n + 1
     layer.clock.begin(n)
     q, k = (torch.randn(2, heads, n, 32, device=device, dtype=dtype(device)) for heads in (4, 2))

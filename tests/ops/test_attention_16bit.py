@@ -94,7 +94,7 @@ def test_dtypes(dtype, group, head_dim):
 
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_many_splits(head_dim):
-    """More tokens than one launch needs blocks for."""
+    """More than a cluster merges: partial results and the kernel that merges them."""
     check(layer_of(past=20_000, heads=2, head_dim=head_dim, frame_tokens=2048), group=4)
 
 
