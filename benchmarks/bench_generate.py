@@ -37,7 +37,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.conftest import RESULTS, machine, machine_label
+from benchmarks.conftest import RESULTS, machine, machine_label, processor
 from benchmarks.generation import (
     KINDS,
     SHAPES,
@@ -67,7 +67,7 @@ from benchmarks.timing import synchronize
 DTYPE = torch.bfloat16
 NAME = "generate"  # of the files in results/
 BASELINES = ("static", "static-cudnn")  # whose time the table divides by each row's
-KEY = ("model", "weights", "batch", "tokens", "cache", "device")  # what makes two results the same case
+KEY = ("processor", "model", "weights", "batch", "tokens", "cache")  # what makes two results the same case
 LONGEST = 1 << 26  # tokens beyond which nobody asks what fits
 # Each new length costs tens of milliseconds a step however many layers there are, presumably cuDNN's plan for it.
 NOT_EXTRAPOLATED = "not extrapolated: a step of a cache that grows is more than its layers; leave --layers out"
@@ -183,7 +183,7 @@ def attempt(case: Case, phase: Callable[[], dict]) -> dict:
 
 def run_case(case: Case, model, phases=("decode",), *, backend="inductor", timer: Callable = mean_seconds, repeats=2) -> dict:  # fmt: skip
     """The result of one case: `KEY`, what is known by arithmetic, and `attempt` for "decode" and "prefill", as far as asked."""
-    entry: dict = {name: getattr(case, name) for name in KEY}
+    entry: dict = {"processor": processor(case.device), **{name: getattr(case, name) for name in KEY[1:]}}
     parts, memory = case.bytes(), device_bytes(case.device)
     entry |= {"cache_gb": parts["cache"] / 1e9, "required_gb": sum(parts.values()) / 1e9}
     if memory is not None:
@@ -241,8 +241,7 @@ class Results:
         source = self.path if self.path.exists() else RESULTS / f"{NAME}.json"
         stored = json.loads(source.read_text()) if source.exists() else {"machines": {}, "cases": []}
         self.machines: dict[str, dict] = stored["machines"]
-        cases = [{"weights": "bf16"} | x for x in stored["cases"]]  # older files have no others
-        self.cases = {self.key(x): x for x in cases}
+        self.cases = {self.key(x): x for x in stored["cases"]}
 
     @staticmethod
     def key(entry: dict) -> tuple:
@@ -269,7 +268,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         order = {name: i for i, name in enumerate((*SHAPES, *WEIGHTS, *KINDS))}
         cases = sorted(
-            self.cases.values(), key=lambda x: (order[x["model"]], order[x["weights"]], x["batch"], x["tokens"], order[x["cache"]], x["device"])
+            self.cases.values(), key=lambda x: (x["processor"], order[x["model"]], order[x["weights"]], x["batch"], x["tokens"], order[x["cache"]])
         )  # fmt: skip
         self.path.write_text(json.dumps({"machines": self.machines, "cases": cases}, indent=1) + "\n")
         self.path.with_suffix(".md").write_text(table(cases, self.machines))
@@ -283,7 +282,8 @@ def figure(entry: dict, phase: str, field: str) -> float | None:
 
 
 def table(cases: list[dict], machines: dict[str, dict]) -> str:
-    """Markdown: one row a case, with its speed relative to the baselines at the same model, weights, batch and length."""
+    """Markdown: for every GPU (or CPU) one row a case, with its speed relative to the baselines at the same model, weights, batch and
+    length."""
 
     def place(entry: dict) -> tuple:
         return tuple(entry[name] for name in KEY if name != "cache")
@@ -295,15 +295,12 @@ def table(cases: list[dict], machines: dict[str, dict]) -> str:
         return "" if value is None else about(entry, phase) + format(value, form)
 
     def relative(entry: dict, baseline: str, phase: str, field: str) -> str:
-        """The baseline's time over the row's, if both ran on the same kind of machine."""
+        """The baseline's time over the row's."""
         other = by_cache.get((place(entry), baseline), {})
         base, own = figure(other, phase, field), figure(entry, phase, field)
-        if not base or not own or entry["cache"] == baseline or gpu(other, phase) != gpu(entry, phase):
+        if not base or not own or entry["cache"] == baseline:
             return ""
         return f"{base / own:.2f}"
-
-    def gpu(entry: dict, phase: str) -> str:
-        return entry[phase].get("machine", "").partition(",")[0]
 
     def where(entry: dict) -> str:
         """The machines of a row, by their letters in the list above the table."""
@@ -316,14 +313,14 @@ def table(cases: list[dict], machines: dict[str, dict]) -> str:
         "model", "weights", "batch", "tokens", "cache", "ms a step", "tokens/s", *(f"x {name}" for name in BASELINES), "first token, s", "first token x static",
         "cache, GB", "peak of decode, GB", "peak with prefill, GB", "longest context", "on", "note",
     ]  # fmt: skip
-    rows = []
+    rows: dict[str, list] = {}
     for x in cases:
         notes = dict.fromkeys(x[phase]["status"] for phase in ("decode", "prefill") if phase in x)
         layers = {x[phase]["layers"] for phase in ("decode", "prefill") if phase in x and about(x, phase)}
         note = "; ".join(
             [*(n.replace("|", "/") for n in notes if n != "ok"), *(f"~ from {n} layers" for n in sorted(layers))]
         )
-        rows.append([
+        rows.setdefault(x["processor"], []).append([
             x["model"], x["weights"], str(x["batch"]), str(x["tokens"]), x["cache"], cell(x, "decode", "ms", ".2f"),
             cell(x, "decode", "tokens_per_s", ".0f"), *(relative(x, name, "decode", "ms") for name in BASELINES),
             cell(x, "prefill", "seconds", ".3f"), relative(x, "static", "prefill", "seconds"), f"{x['cache_gb']:.2f}",
@@ -336,48 +333,47 @@ def table(cases: list[dict], machines: dict[str, dict]) -> str:
         "*int8*, *int4*: the decoder layers' by torchao. A "
         "step at a fixed length, in a CUDA graph where the cache compiles. *x NAME*: the time of NAME over the row's, above 1: faster. "
         "*~*: extrapolated from fewer layers. *longest context*: tokens a row for which weights, codebooks, cache and the least workspace "
-        "fit the GPU, by arithmetic. *on*: the machine, by its letter below; only times of one kind of machine are compared.",
+        "fit the GPU, by arithmetic. *on*: the machine, by its letter below.",
         "",
         *(f"- {letters[label]}: {label}" for label in machines),
-        "",
-        "| " + " | ".join(heads) + " |",
-        "| " + " | ".join("---" for _ in heads) + " |",
-        *("| " + " | ".join(row) + " |" for row in rows),
     ]
+    for name, own in rows.items():
+        text += ["", f"## {name}", "", *("| " + " | ".join(x) + " |" for x in (heads, ["---"] * len(heads), *own))]
     return "\n".join(text) + "\n"
 
 
 def plot(cases: list[dict], path: Path) -> None:
-    """Milliseconds a step: a group of bars for every model, batch and length, in it one for every cache that was timed."""
+    """Milliseconds a step: a panel for every GPU (or CPU), in it a group of bars for every model, batch and length, in that one for
+    every cache that was timed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     timed = [x for x in cases if figure(x, "decode", "ms")]
-    groups = list(dict.fromkeys((x["model"], x["weights"], x["batch"], x["tokens"], x["device"]) for x in timed))
     names = [name for name in KINDS if any(x["cache"] == name for x in timed)]
-    sheet, axis = pyplot.subplots(figsize=(2 + 1.6 * len(groups), 4.5))
-    width = 0.85 / len(names)
-    for i, name in enumerate(names):
-        own = {
-            (x["model"], x["weights"], x["batch"], x["tokens"], x["device"]): x["decode"]["ms"]
-            for x in timed
-            if x["cache"] == name
-        }
-        at = [g + (i - (len(names) - 1) / 2) * width for g, group in enumerate(groups) if group in own]
-        bars = axis.bar(
-            at, [own[group] for group in groups if group in own], width, label=name, color=f"C{list(KINDS).index(name)}"
+    panels: dict[str, dict[tuple, dict]] = {}  # of a processor's groups, milliseconds by cache
+    for x in timed:
+        group = x["model"], x["weights"], x["batch"], x["tokens"]
+        panels.setdefault(x["processor"], {}).setdefault(group, {})[x["cache"]] = x["decode"]["ms"]
+    most = max(len(groups) for groups in panels.values())
+    sheet, axes = pyplot.subplots(len(panels), figsize=(2 + 1.6 * most, 4.5 * len(panels)), squeeze=False)
+    for axis, (title, groups) in zip(axes[:, 0], panels.items()):
+        for at, own in enumerate(groups.values()):
+            width = 0.85 / len(own)
+            for i, name in enumerate(x for x in names if x in own):
+                color = f"C{list(KINDS).index(name)}"
+                bars = axis.bar(at + (i - (len(own) - 1) / 2) * width, own[name], width, color=color)
+                axis.bar_label(bars, fmt="%.3g", fontsize=6)
+        axis.set_xticks(
+            range(len(groups)),
+            [f"{m}{'' if w == 'bf16' else ' ' + w}\nbatch {b}\n{t} tokens" for m, w, b, t in groups],
+            fontsize=8,
         )
-        axis.bar_label(bars, fmt="%.3g", fontsize=6)
-    axis.set_xticks(
-        range(len(groups)),
-        [f"{m}{'' if w == 'bf16' else ' ' + w}\nbatch {b}\n{t} tokens" for m, w, b, t, _ in groups],
-        fontsize=8,
-    )
-    axis.set(ylabel="ms a decode step", yscale="log")
-    axis.grid(True, axis="y", which="both", alpha=0.2)
-    axis.legend(fontsize=7)
+        axis.set(title=title, ylabel="ms a decode step", yscale="log", xlim=(-0.6, most - 0.4))
+        axis.grid(True, axis="y", which="both", alpha=0.2)
+        handles = [pyplot.Rectangle((0, 0), 1, 1, color=f"C{list(KINDS).index(name)}") for name in names]
+        axis.legend(handles, names, fontsize=7)
     sheet.tight_layout()
     sheet.savefig(path, dpi=110)
     pyplot.close(sheet)

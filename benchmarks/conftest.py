@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -41,6 +42,14 @@ def device(request) -> str:
     return request.param
 
 
+def chip(device: str) -> str:
+    """What results call the processor: ``cpu``, or the GPU's model, as ``h100`` or ``h200``."""
+    if device != "cuda":
+        return device
+    words = re.findall(r"[a-z0-9]+", processor(device).lower())
+    return next((x for x in words if re.search(r"\d", x)), device)
+
+
 class Comparison:
     """One benchmark against its baselines; collects what ``--save-results`` writes."""
 
@@ -65,7 +74,7 @@ class Comparison:
             seconds, mine = seconds - common, mine - common
         self.benchmark.extra_info.update(case, baseline=baseline, baseline_us=seconds * 1e6, ratio=seconds / mine)
         self.benchmark.name += f" ({seconds / mine:.2f}x {baseline})"
-        results = self.config.stash.setdefault(RESULTS_KEY, {}).setdefault(f"{self.device}_{self.name}", [])
+        results = self.config.stash.setdefault(RESULTS_KEY, {}).setdefault(f"{chip(self.device)}_{self.name}", [])
         results.append(
             {**case, "us": mine * 1e6, "baseline": baseline, "baseline_us": seconds * 1e6, "ratio": seconds / mine}
         )
@@ -84,24 +93,29 @@ def refcheck(request) -> bool:
     return request.config.getoption("--refcheck")
 
 
+def processor(device: str) -> str:
+    """The name of the GPU or CPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), platform.processor())
+
+
 def machine() -> dict:
     """What a figure depends on."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), model)
     gpu = driver = copies = None
     if torch.cuda.is_available():
         here = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
         there = torch.empty_like(here)
         copies = round(2 * here.numel() / fastest(lambda: there.copy_(here), "cuda", 0.2) / 1e12, 2)
-        gpu = torch.cuda.get_device_name()
+        gpu = processor("cuda")
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = (
             subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which(query[0]) else None
         )
     return {
-        "cpu": model,
+        "cpu": processor("cpu"),
         "gpu": gpu,
         "driver": driver,
         "copy_tb_per_s": copies,  # read and written

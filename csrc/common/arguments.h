@@ -84,6 +84,15 @@ inline DType float_dtype(const char* name, ScalarType dtype) {
   return DType::f16;
 }
 
+// On the device of `like`. PyTorch's shim writes why it failed to stderr and throws without saying so.
+inline Tensor allocate(const char* what, const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  try {
+    return torch::stable::new_empty(like, sizes, dtype);
+  } catch (const std::exception&) {
+    fail("out of memory: ", what, ", ", shown(sizes), " of ", shown(dtype), ", cannot be allocated");
+  }
+}
+
 // Contiguous copies of arguments that were not, alive until the op returns.
 using Copies = std::vector<Tensor>;
 

@@ -103,7 +103,7 @@ Tensor pq_encode(const Tensor& x, const Tensor& codebook) {
   Copies copies;
   Encode args{strided_of(x, size_of(dtype), copies),          dtype, B, H, T, D,
               coded_of("codebook", codebook, H, D, x, copies)};
-  Tensor codes = torch::stable::new_empty(x, {B, H, T, args.book.S}, ScalarType::Byte);
+  Tensor codes = allocate("codes", x, {B, H, T, args.book.S}, ScalarType::Byte);
   if (codes.numel() == 0) return codes;
   check_head_dim(D);
   args.book.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
@@ -122,7 +122,7 @@ Tensor pq_decode(const Tensor& codes, const Tensor& codebook, ScalarType dtype) 
   REQUIRE(codes.size(3) == book.S, "codes have ", codes.size(3), " subspaces, the codebook ", book.S);
   const int64_t D = book.S * book.d;
   const DType element = float_dtype("dtype", dtype);
-  Tensor out = torch::stable::new_empty(codes, {B, H, T, D}, dtype);
+  Tensor out = allocate("the result", codes, {B, H, T, D}, dtype);
   if (out.numel() == 0) return out;
   check_head_dim(D);
   const Decode args{contiguous_data<uint8_t>(codes, copies),   B, H, T, book, element,
@@ -179,8 +179,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   a.mask = mask_data(mask, layer, q, tensors.copies);
   a.mask_slots = mask ? mask->size(3) : 0;
   a.scale = float(scale);
-  Tensor out = torch::stable::new_empty(q, {layer.B, layer.n, heads, layer.D});
-  Tensor lse = with_lse ? torch::stable::new_empty(q, {layer.B, heads, layer.n}, ScalarType::Float) : out;
+  Tensor out = allocate("the result", q, {layer.B, layer.n, heads, layer.D}, q.scalar_type());
+  Tensor lse = with_lse ? allocate("lse", q, {layer.B, heads, layer.n}, ScalarType::Float) : out;
   if (layer.B == 0) return {out, lse};
   a.out = static_cast<char*>(out.mutable_data_ptr());
   a.lse = with_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;

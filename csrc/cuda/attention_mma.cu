@@ -1,4 +1,6 @@
 // The launches of the tensor core kernel: the choice of its instance, and the merging of its splits.
+#include <algorithm>
+
 #include "attention_mma.cuh"
 #include "attention_mma.h"
 
@@ -37,12 +39,14 @@ __global__ void merge_kernel(const __grid_constant__ Attention a) {
 }  // namespace
 
 int attention_mma_tables(int64_t D, int64_t k_dim, int64_t v_dim, int shared) {
-  const auto of = mma::instance(D, k_dim, v_dim, shared);
+  const auto of = mma::instance(D, k_dim, v_dim, shared, INT64_MAX);
   return of ? of->table_bytes : 0;
 }
 
 cudaError_t attention_mma_launch(const Attention& a, cudaStream_t stream) {
-  return mma::instance(a.layer.D, a.layer.k.d, a.layer.v.d, a.shared)->launch(a, stream);
+  const Layer& x = a.layer;
+  const int64_t tokens = x.B * x.H * std::min(x.k.slots, x.v.slots) / a.at_once;
+  return mma::instance(x.D, x.k.d, x.v.d, a.shared, tokens)->launch(a, stream);
 }
 
 namespace mma {
@@ -81,10 +85,14 @@ bool slow_memory() {
 
 }  // namespace
 
-const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim, int shared) {
+// Tokens of a multiprocessor for which bringing 64 KiB of tables less, 1 us, is worth more than lookups without bank
+// conflicts, whatever the memory: measured on an H200.
+constexpr int64_t kFewTokens = 3000;
+
+const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim, int shared, int64_t tokens) {
   // Measured where keys' narrow table is all that differs (one page instead of two).
-  static const bool prefer_narrow = slow_memory();  // GPUs of one machine are taken to be alike
-  if (prefer_narrow && D == 128 && k_dim == 2)
+  static const bool slow = slow_memory();  // GPUs of one machine are taken to be alike
+  if ((slow || tokens <= kFewTokens) && D == 128 && k_dim == 2)
     for (const Instance* list = instances_narrow(); list->launch; list++)
       if (list->D == D && list->k_dim == k_dim && list->v_dim == v_dim &&
           list->table_bytes + scratch_bytes(D) <= shared)

@@ -104,7 +104,7 @@ Tensor pq_encode(const Tensor& x, const Tensor& codebook) {
   Copies copies;
   Encode a{strided_of(x, size_of(dtype), copies),          dtype, int(B), int(H), int(T), int(D),
            coded_of("codebook", codebook, H, D, x, copies)};
-  Tensor codes = torch::stable::new_empty(x, {B, H, T, a.book.S}, ScalarType::Byte);
+  Tensor codes = allocate("codes", x, {B, H, T, a.book.S}, ScalarType::Byte);
   if (codes.numel() == 0) return codes;
   const OnDevice guard(x);
   check_head_dim(D);
@@ -122,7 +122,7 @@ Tensor pq_decode(const Tensor& codes, const Tensor& codebook, ScalarType dtype) 
   const Coded book = coded_of("codebook", codebook, H, kAny, codes, copies);
   REQUIRE(codes.size(3) == book.S, "codes have ", codes.size(3), " subspaces, the codebook ", book.S);
   const DType element = float_dtype("dtype", dtype);
-  Tensor out = torch::stable::new_empty(codes, {B, H, T, book.S * book.d}, dtype);
+  Tensor out = allocate("the result", codes, {B, H, T, book.S * book.d}, dtype);
   if (out.numel() == 0) return out;
   const Decode a{contiguous_data<uint8_t>(codes, copies), int(B), int(H), T, book, element, out.mutable_data_ptr()};
   const OnDevice guard(codes);
@@ -144,6 +144,8 @@ Tensor pq_dequantize(const Tensor& codes, const Tensor& codebook, const std::opt
   const bool split = transform_inv && transform_inv->scalar_type() == ScalarType::Float;
   if (transform_inv) {
     check_shape("transform_inv", *transform_inv, {H, D, D}, "[KV heads, D, D]");
+    REQUIRE(split || transform_inv->scalar_type() == ScalarType::Half,
+            "transform_inv must be torch.float16 or torch.float32, got ", shown(transform_inv->scalar_type()));
     check_dtype("transform_inv", *transform_inv, split ? ScalarType::Float : ScalarType::Half, codes);
     if (split)
       a.inverse = contiguous_data<float>(*transform_inv, copies);
@@ -164,7 +166,7 @@ Tensor pq_dequantize(const Tensor& codes, const Tensor& codebook, const std::opt
   a.frame_tokens = int(std::min(frame_tokens, kMaxSlots));
   a.first_slot = int(first);
   a.interleaved = rope_interleaved;
-  Tensor out = torch::stable::new_empty(codes, {B, H, a.T, D}, dtype);
+  Tensor out = allocate("the result", codes, {B, H, a.T, D}, dtype);
   if (out.numel() == 0) return out;
   const OnDevice guard(codes);
   check_head_dim(D);
@@ -182,8 +184,8 @@ Tensor pq_dequantize(const Tensor& codes, const Tensor& codebook, const std::opt
   }
   a.aligned = (reinterpret_cast<uintptr_t>(a.book.codes) | a.row | a.head) % 4 == 0;
   a.out = out.mutable_data_ptr();
-  check_launch("pq_dequantize",
-               dequantize_launch(a, split, attribute(cudaDevAttrMultiProcessorCount), stream_of(codes)));
+  check_launch("pq_dequantize", dequantize_launch(a, split, attribute(cudaDevAttrMultiProcessorCount), shared_limit(),
+                                                  stream_of(codes)));
   return out;
 }
 
@@ -232,8 +234,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   const bool tensor_cores = check_layouts(layer);
   const Strided queries = strided_of(q, size_of(layer.dtype), tensors.copies);
   const uint8_t* mask_bits = mask_data(mask, layer, q, tensors.copies);
-  Tensor out = torch::stable::new_empty(q, {layer.B, layer.n, heads, layer.D});
-  Tensor lse = with_lse ? torch::stable::new_empty(q, {layer.B, heads, layer.n}, ScalarType::Float) : out;
+  Tensor out = allocate("the result", q, {layer.B, layer.n, heads, layer.D}, q.scalar_type());
+  Tensor lse = with_lse ? allocate("lse", q, {layer.B, heads, layer.n}, ScalarType::Float) : out;
   if (layer.B == 0) return {out, lse};
   Attention a{};
   a.layer = layer;
@@ -259,7 +261,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   a.shared = shared_limit();
   const int at_most = tensor_cores && layer.D > 128 ? 4 : 8;  // query rows of a block
   a.splits = splits_for(a, (a.rows + at_most - 1) / at_most, tensor_cores);
-  const auto floats = [&](int64_t count) { return torch::stable::new_empty(q, {count}, ScalarType::Float); };
+  const auto floats = [&](int64_t count) { return allocate("a workspace", q, {count}, ScalarType::Float); };
   Tensor prepared = floats(tensor_cores ? layer.B * layer.H * tiles * a.frames * 2 * layer.D : query_floats * block);
   Tensor partials = floats(layer.B * heads * block * a.splits * (layer.D + 2));
   a.prepared = prepared.mutable_data_ptr();

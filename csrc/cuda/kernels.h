@@ -74,8 +74,8 @@ constexpr int scratch_bytes(int64_t D) { return D > 128 ? 52 << 10 : 34 << 10; }
 // Each launches on `stream` and returns cudaGetLastError(). head_dim: a multiple of 8, at most 256.
 cudaError_t encode_launch(const Encode&, cudaStream_t);
 cudaError_t decode_launch(const Decode&, cudaStream_t);
-// `split`: the inverse is fp32.
-cudaError_t dequantize_launch(const Dequantize&, bool split, int multiprocessors, cudaStream_t);
+// `split`: the inverse is fp32. `shared`: bytes of shared memory that a block can have.
+cudaError_t dequantize_launch(const Dequantize&, bool split, int multiprocessors, int shared, cudaStream_t);
 // `early`: one token, and its attention is the last thing that was launched: need not wait for it.
 cudaError_t append_launch(const Layer&, bool early, cudaStream_t);
 cudaError_t attention_rows_launch(const Attention&, cudaStream_t);  // layout rows64

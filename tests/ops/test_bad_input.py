@@ -186,3 +186,10 @@ def test_layout_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_what_cannot_be_allocated():
+    """PyTorch's stable ABI throws without a reason; ours says that memory is what is missing."""
+    codes = torch.zeros(1, 1, 1, 4, dtype=torch.uint8).expand(1, 1, 1 << 44, 4)
+    with pytest.raises(RuntimeError, match="out of memory: the result"):
+        ops.pq_decode(codes, torch.zeros(1, 256, 4, 2, dtype=torch.float16), torch.float32)

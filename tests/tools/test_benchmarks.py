@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import bench_calibrate, bench_generate, generation, million_tokens
 from benchmarks.bench_generate import Case, impossible
+from benchmarks.conftest import processor
 from benchmarks.generation import KINDS, attending, build_model, decode_step, fill, largest, model_config
 from million_cache import MillionStaticCache
 
@@ -106,37 +107,57 @@ def test_results_are_merged(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "generate.png").stat().st_size > 0
 
 
-def test_times_of_different_machines_are_not_compared():
-    def case(cache, ms, machine, weights="bf16"):
+def test_times_of_different_processors_are_not_compared():
+    def case(cache, ms, gpu, weights="bf16"):
         common = {
+            "processor": gpu,
             "model": "llama3-8b",
             "weights": weights,
             "batch": 1,
             "tokens": 1024,
-            "device": "cuda",
             "cache_gb": 1.0,
         }
-        phase = {"status": "ok", "layers": 32, "ms": ms, "tokens_per_s": 1.0, "peak_gb": 1.0, "machine": machine}
+        phase = {"status": "ok", "layers": 32, "ms": ms, "tokens_per_s": 1.0, "peak_gb": 1.0, "machine": "a"}
         return {**common, "cache": cache, "decode": phase}
 
     def ratio(here, there, weights="bf16"):
         rows = bench_generate.table(
-            [case("static-cudnn", 6.0, here), case("million-4bit", 2.0, there, weights)], {here: {}, there: {}}
+            [case("static-cudnn", 6.0, here), case("million-4bit", 2.0, there, weights)], {"a": {}}
         )
         return "| 3.00 |" in rows
 
-    assert ratio("GPU one, torch 1, today", "GPU one, torch 1, today")
-    assert ratio("GPU one, torch 1, today", "GPU one, torch 1, yesterday")
-    assert not ratio("GPU one, torch 1, today", "GPU two, torch 1, today")
-    assert not ratio("GPU one, torch 1, today", "GPU one, torch 1, today", weights="int8")
+    assert ratio("GPU one", "GPU one")
+    assert not ratio("GPU one", "GPU two")
+    assert not ratio("GPU one", "GPU one", weights="int8")
+
+
+def test_another_processor_replaces_nothing(tmp_path):
+    results = bench_generate.Results(tmp_path)
+    entry = {"model": "tiny", "weights": "bf16", "batch": 1, "tokens": 64, "cache": "static", "cache_gb": 1.0}
+    phase = {"status": "ok", "tokens_per_s": 1.0, "peak_gb": 1.0}
+    for name, layers, ms in (("one", 2, 7.0), ("two", 1, 2.0), ("two", 2, 4.0), ("two", 1, 5.0)):
+        results.add(entry | {"processor": name, "decode": phase | {"layers": layers, "ms": ms}})
+    results.save()
+    stored = json.loads((tmp_path / "generate.json").read_text())["cases"]
+    assert {x["processor"]: x["decode"]["ms"] for x in stored if x["model"] == "tiny"} == {"one": 7.0, "two": 4.0}
+    text = (tmp_path / "generate.md").read_text()
+    assert text.index("## one") < text.index("| 7.00 |") < text.index("## two") < text.index("| 4.00 |")
 
 
 def test_quantised_weights(tmp_path):
     """int8 weights under both caches, in rows of their own that replace nothing of bf16; int4 says that it needs a GPU."""
     pytest.importorskip("torchao", reason="torchao is not installed", exc_type=ImportError)
-    old = {"model": "tiny", "batch": 1, "tokens": 64, "cache": "static", "device": "cpu", "cache_gb": 0.0}
+    old = {
+        "processor": processor("cpu"),
+        "model": "tiny",
+        "weights": "bf16",
+        "batch": 1,
+        "tokens": 64,
+        "cache": "static",
+    }
+    old["cache_gb"] = 0.0
     old["decode"] = {"status": "ok", "layers": 2, "ms": 1e9, "tokens_per_s": 1.0, "peak_gb": None, "machine": "old"}
-    (tmp_path / "generate.json").write_text(json.dumps({"machines": {"old": {}}, "cases": [old]}))  # without "weights"
+    (tmp_path / "generate.json").write_text(json.dumps({"machines": {"old": {}}, "cases": [old]}))
     arguments = ["--device", "cpu", "--model", "tiny", "--batch", "1", "--tokens", "64", "--steps", "2"]
     arguments += ["--caches", "static,million-4bit", "--save", "--out", str(tmp_path)]
     assert bench_generate.main([*arguments, "--weights", "int8", "--ttft"]) == 0
