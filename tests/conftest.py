@@ -1,3 +1,8 @@
+import os
+
+# Read when torch loads its OpenMP: threads that wait for each other by spinning take the cores from the other worker (`pytest -n 2`).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
