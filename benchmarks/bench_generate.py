@@ -255,7 +255,7 @@ class Results:
         for name, value in entry.items():
             if name in ("decode", "prefill"):
                 old = merged.get(name, {"status": "", "layers": 0})
-                worse = value["status"].startswith("failed") or value["layers"] < old["layers"]
+                worse = value["status"] != "ok" or value["layers"] < old["layers"]
                 if old["status"] == "ok" and worse:
                     continue
                 value = value | {"machine": label}

@@ -84,12 +84,17 @@ inline DType float_dtype(const char* name, ScalarType dtype) {
   return DType::f16;
 }
 
+// What went wrong on the device before, else an empty string. Of every bind.cpp.
+std::string device_error();
+
 // On the device of `like`. PyTorch's shim writes why it failed to stderr and throws without saying so.
 inline Tensor allocate(const char* what, const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   try {
     return torch::stable::new_empty(like, sizes, dtype);
   } catch (const std::exception&) {
-    fail("out of memory: ", what, ", ", shown(sizes), " of ", shown(dtype), ", cannot be allocated");
+    const std::string error = device_error();
+    fail(error.empty() ? "out of memory" : error, ": ", what, ", ", shown(sizes), " of ", shown(dtype),
+         ", cannot be allocated");
   }
 }
 

@@ -12,6 +12,8 @@
 
 namespace million {
 
+std::string device_error() { return ""; }
+
 namespace baseline {
 extern const Kernels kernels;
 }

@@ -1,5 +1,6 @@
 // The launches of the tensor core kernel: the choice of its instance, and the merging of its splits.
 #include <algorithm>
+#include <cstdlib>
 
 #include "attention_mma.cuh"
 #include "attention_mma.h"
@@ -45,7 +46,7 @@ int attention_mma_tables(int64_t D, int64_t k_dim, int64_t v_dim, int shared) {
 
 cudaError_t attention_mma_launch(const Attention& a, cudaStream_t stream) {
   const Layer& x = a.layer;
-  const int64_t tokens = x.B * x.H * std::min(x.k.slots, x.v.slots) / a.at_once;
+  const int64_t tokens = std::min(x.k.slots, x.v.slots) / a.splits;
   return mma::instance(x.D, x.k.d, x.v.d, a.shared, tokens)->launch(a, stream);
 }
 
@@ -85,14 +86,16 @@ bool slow_memory() {
 
 }  // namespace
 
-// Tokens of a multiprocessor for which bringing 64 KiB of tables less, 1 us, is worth more than lookups without bank
-// conflicts, whatever the memory: measured on an H200.
+// Tokens of a block for which bringing 64 KiB of tables less, 1 us, is worth more than lookups without bank conflicts,
+// whatever the memory: measured on an H200.
 constexpr int64_t kFewTokens = 3000;
 
 const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim, int shared, int64_t tokens) {
   // Measured where keys' narrow table is all that differs (one page instead of two).
-  static const bool slow = slow_memory();  // GPUs of one machine are taken to be alike
-  if ((slow || tokens <= kFewTokens) && D == 128 && k_dim == 2)
+  static const bool slow = slow_memory();                              // GPUs of one machine are taken to be alike
+  static const char* const given = std::getenv("MILLION_GPU_TABLES");  // "wide" or "narrow", for tests
+  const bool narrow = given ? *given == 'n' : slow || tokens <= kFewTokens;
+  if (narrow && D == 128 && k_dim == 2)
     for (const Instance* list = instances_narrow(); list->launch; list++)
       if (list->D == D && list->k_dim == k_dim && list->v_dim == v_dim &&
           list->table_bytes + scratch_bytes(D) <= shared)

@@ -26,6 +26,16 @@ void check_launch(const char* op, cudaError_t error) {
   REQUIRE(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
 }
 
+}  // namespace
+
+std::string device_error() {
+  size_t free = 0, total = 0;
+  const cudaError_t error = cudaMemGetInfo(&free, &total);  // fails if a kernel has
+  return error == cudaSuccess ? "" : std::string("CUDA error: ") + cudaGetErrorString(error);
+}
+
+namespace {
+
 int attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
   cudaGetDevice(&device);

@@ -291,10 +291,11 @@ __global__ void __launch_bounds__(Shape<kD, mode, kTable>::kThreads, Shape<kD, m
 }
 
 template <int kD, Mode mode, bool kTable>
-cudaError_t dequantize(const Dequantize& a, int multiprocessors, cudaStream_t stream) {
+cudaError_t dequantize(const Dequantize& a, int multiprocessors, int shared, cudaStream_t stream) {
   using Of = Shape<kD, mode, kTable>;
   const auto kernel = dequantize_kernel<kD, mode, kTable>;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Of::bytes(a.D)) != cudaSuccess)
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, std::min(Of::bytes(kD), shared)) !=
+      cudaSuccess)
     return cudaGetLastError();  // and clears it
   const int64_t heads = int64_t(a.B) * a.H, tiles = (a.T + kTokens - 1) / kTokens;
   const int64_t blocks = (Of::kBlocks * multiprocessors + heads - 1) / heads;
@@ -304,11 +305,12 @@ cudaError_t dequantize(const Dequantize& a, int multiprocessors, cudaStream_t st
 
 template <Mode mode>
 cudaError_t dequantize(const Dequantize& a, int multiprocessors, int shared, cudaStream_t stream) {
-  if (a.D <= 64) return dequantize<64, mode, true>(a, multiprocessors, stream);
-  if (a.D <= 128) return dequantize<128, mode, true>(a, multiprocessors, stream);
+  if (a.D <= 64) return dequantize<64, mode, true>(a, multiprocessors, shared, stream);
+  if (a.D <= 128) return dequantize<128, mode, true>(a, multiprocessors, shared, stream);
   if constexpr (mode != Mode::plain)
-    if (Shape<256, mode, true>::bytes(a.D) > shared) return dequantize<256, mode, false>(a, multiprocessors, stream);
-  return dequantize<256, mode, true>(a, multiprocessors, stream);
+    if (Shape<256, mode, true>::bytes(a.D) > shared)
+      return dequantize<256, mode, false>(a, multiprocessors, shared, stream);
+  return dequantize<256, mode, true>(a, multiprocessors, shared, stream);
 }
 
 }  // namespace

@@ -1,5 +1,9 @@
 """`pq_dequantize` against its definition, in every layout."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -127,3 +131,13 @@ def test_large_numbers():
         got, want = (f(codes, codebook, *rest, dtype, 64, False, 0) for f in (pq_dequantize, reference.pq_dequantize))
         assert want.isinf().any() == (dtype == torch.float16)  # else the test says nothing
         assert (got.isinf() == want.isinf()).float().mean() > 0.999 and not got.isnan().any()
+
+
+def test_a_smaller_gpu(device):
+    """With 163 KiB of shared memory keys' codebook stays in the L2 cache."""
+    if device != "cuda":
+        pytest.skip("of GPUs")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "cuda and not smaller"]
+    env = os.environ | {"MILLION_GPU_SHARED": "163"}
+    done = subprocess.run(command, env=env, cwd=os.getcwd(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -132,7 +132,8 @@ def test_times_of_different_processors_are_not_compared():
     assert not ratio("GPU one", "GPU one", weights="int8")
 
 
-def test_another_processor_replaces_nothing(tmp_path):
+def test_another_processor_replaces_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_generate, "RESULTS", tmp_path / "none")
     results = bench_generate.Results(tmp_path)
     entry = {"model": "tiny", "weights": "bf16", "batch": 1, "tokens": 64, "cache": "static", "cache_gb": 1.0}
     phase = {"status": "ok", "tokens_per_s": 1.0, "peak_gb": 1.0}
