@@ -67,12 +67,30 @@ def sdpa(device, shape, tokens, dtype) -> dict[str, float]:
     return _baselines[key]
 
 
+def attention_calls(device, shape, pq, tokens, dtype, capacity=None, most=None) -> list:
+    """Calls of the op over different caches that have ``tokens`` tokens with the new one; at most ``most`` of them."""
+    B, H, G, D = shape
+    count = copies(device, B * H * tokens * (D // pq.k_subspace_dim + D // pq.v_subspace_dim))
+    with torch.device(device):  # which decides the layouts
+        layers = [
+            make_layer(
+                batch=B, heads=H, head_dim=D, k_dim=pq.k_subspace_dim, v_dim=pq.v_subspace_dim, past=tokens - 1,
+                capacity=capacity or tokens, recent=pq.recent_tokens, sinks=pq.sink_tokens, frame_tokens=pq.frame_tokens, dtype=dtype,
+            )
+            for _ in range(min(count, most or count))
+        ]  # fmt: skip
+        return [
+            partial(torch.ops.million_ops.pq_attention, *layer.attention_args(*layer.new_tokens(1, G)))
+            for layer in layers
+        ]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tokens", sorted({x for lengths in TOKENS.values() for x in lengths}))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("config", CONFIGS)
 def bench_pq_attention(compare, refcheck, device, shape, tokens, dtype, config):
-    B, H, G, D = SHAPES[shape]
+    B, H, _, D = SHAPES[shape]
     if tokens not in TOKENS[device] or dtype not in DTYPES[device]:
         pytest.skip("not measured on this device")
     if B > 1 and (device == "cpu" or tokens > LONGEST_BATCH):
@@ -81,18 +99,25 @@ def bench_pq_attention(compare, refcheck, device, shape, tokens, dtype, config):
         pytest.skip("frames are compared at two lengths")
     pq, dtype = CONFIGS[config], getattr(torch, dtype)
     torch.manual_seed(0)
-    attend = torch.ops.million_ops.pq_attention
-    with torch.device(device):  # which decides the layouts
-        layers = [
-            make_layer(
-                batch=B, heads=H, head_dim=D, k_dim=pq.k_subspace_dim, v_dim=pq.v_subspace_dim, past=tokens - 1, capacity=tokens,
-                recent=pq.recent_tokens, sinks=pq.sink_tokens, frame_tokens=pq.frame_tokens, dtype=dtype,
-            )
-            for _ in range(copies(device, B * H * tokens * (D // pq.k_subspace_dim + D // pq.v_subspace_dim)))
-        ]  # fmt: skip
-        calls = [partial(attend, *layer.attention_args(*layer.new_tokens(1, G))) for layer in layers]
+    calls = attention_calls(device, SHAPES[shape], pq, tokens, dtype)
     if refcheck and tokens * B * H * D <= REFCHECK_ELEMENTS:
         close = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(calls[0](), reference.pq_attention(*calls[0].args), **close)
     baselines = sdpa(device, shape, tokens, dtype)
     compare(calls, baselines, case=config, shape=shape, tokens=tokens, dtype=str(dtype).removeprefix("torch."))
+
+
+def bench_large_cache(compare, device):
+    """2048 tokens in a cache for 131072, against a cache that they fill: the number of splits comes from the capacity, the length is
+    known on the device alone."""
+    name, tokens, capacity = "Llama-3-8B: 1 x 8 x 4 x 128", 2048, 131072
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    full, large = (
+        attention_calls(device, SHAPES[name], PRESETS["4bit"], tokens, dtype, slots, most=64)
+        for slots in (tokens, capacity)
+    )
+    compare(
+        large, {"a full cache": full}, case="4bit", shape=name, tokens=tokens, dtype=str(dtype).removeprefix("torch."),
+        capacity=capacity,
+    )  # fmt: skip

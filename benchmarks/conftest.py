@@ -162,7 +162,7 @@ def pytest_sessionfinish(session):
         path = RESULTS / f"{name}.json"
         path.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=1) + "\n")
         if all("tokens" in x and "shape" in x for x in cases):
-            plot(cases, path.with_suffix(".png"))
+            plot([x for x in cases if "capacity" not in x], path.with_suffix(".png"))
 
 
 def plot(cases: list[dict], path: Path) -> None:
