@@ -173,8 +173,12 @@ def plot(cases: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     shapes = list(dict.fromkeys(x["shape"] for x in cases))
-    figure, panels = pyplot.subplots(1, len(shapes), figsize=(6 * len(shapes), 4.5), squeeze=False)
-    for panel, shape in zip(panels[0], shapes):
+    columns = min(4, len(shapes))
+    rows = -(-len(shapes) // columns)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(6 * columns, 4.5 * rows), squeeze=False)
+    for panel in panels.flat[len(shapes) :]:
+        panel.set_visible(False)
+    for panel, shape in zip(panels.flat, shapes):
         lines: dict[str, dict[int, float]] = {}
         for x in (x for x in cases if x["shape"] == shape):
             lines.setdefault(f"{x['case']}, {x['dtype']}", {})[x["tokens"]] = x["us"]
