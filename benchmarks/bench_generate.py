@@ -87,6 +87,10 @@ class Case:
     weights: str = "bf16"  # of `WEIGHTS`
 
     @property
+    def processor(self) -> str:
+        return processor(self.device)
+
+    @property
     def kind(self) -> Kind:
         return KINDS[self.cache]
 
@@ -183,7 +187,7 @@ def attempt(case: Case, phase: Callable[[], dict]) -> dict:
 
 def run_case(case: Case, model, phases=("decode",), *, backend="inductor", timer: Callable = mean_seconds, repeats=2) -> dict:  # fmt: skip
     """The result of one case: `KEY`, what is known by arithmetic, and `attempt` for "decode" and "prefill", as far as asked."""
-    entry: dict = {"processor": processor(case.device), **{name: getattr(case, name) for name in KEY[1:]}}
+    entry: dict = {name: getattr(case, name) for name in KEY}
     parts, memory = case.bytes(), device_bytes(case.device)
     entry |= {"cache_gb": parts["cache"] / 1e9, "required_gb": sum(parts.values()) / 1e9}
     if memory is not None:

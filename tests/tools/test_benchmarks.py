@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import bench_calibrate, bench_generate, generation, million_tokens
 from benchmarks.bench_generate import Case, impossible
-from benchmarks.conftest import processor
+from benchmarks.conftest import chip, processor
 from benchmarks.generation import KINDS, attending, build_model, decode_step, fill, largest, model_config
 from million_cache import MillionStaticCache
 
@@ -139,11 +139,21 @@ def test_another_processor_replaces_nothing(tmp_path, monkeypatch):
     phase = {"status": "ok", "tokens_per_s": 1.0, "peak_gb": 1.0}
     for name, layers, ms in (("one", 2, 7.0), ("two", 1, 2.0), ("two", 2, 4.0), ("two", 1, 5.0)):
         results.add(entry | {"processor": name, "decode": phase | {"layers": layers, "ms": ms}})
+    results.add(entry | {"processor": "two", "decode": {"status": "does not fit: out of memory", "layers": 2}})
     results.save()
     stored = json.loads((tmp_path / "generate.json").read_text())["cases"]
     assert {x["processor"]: x["decode"]["ms"] for x in stored if x["model"] == "tiny"} == {"one": 7.0, "two": 4.0}
     text = (tmp_path / "generate.md").read_text()
     assert text.index("## one") < text.index("| 7.00 |") < text.index("## two") < text.index("| 4.00 |")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA GeForce RTX 4090", "4090"), ("GPU", "cuda")],
+)  # fmt: skip
+def test_results_of_a_gpu_have_its_name(monkeypatch, gpu, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    assert (chip("cuda"), chip("cpu")) == (name, "cpu")
 
 
 def test_quantised_weights(tmp_path):
@@ -156,8 +166,8 @@ def test_quantised_weights(tmp_path):
         "batch": 1,
         "tokens": 64,
         "cache": "static",
+        "cache_gb": 0.0,
     }
-    old["cache_gb"] = 0.0
     old["decode"] = {"status": "ok", "layers": 2, "ms": 1e9, "tokens_per_s": 1.0, "peak_gb": None, "machine": "old"}
     (tmp_path / "generate.json").write_text(json.dumps({"machines": {"old": {}}, "cases": [old]}))
     arguments = ["--device", "cpu", "--model", "tiny", "--batch", "1", "--tokens", "64", "--steps", "2"]
