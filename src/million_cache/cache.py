@@ -242,7 +242,8 @@ class MillionLayer(StaticLayer):
         """Forget all tokens. Codes need no zeroing: nothing reads beyond the clock."""
         if self.is_initialized and self.begins:
             self.clock.reset()
-        self.state.empty, self.state.feeding = True, None
+        self.state.empty = True
+        self.state.recount(None)
         self.state.padding.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -253,7 +254,7 @@ class MillionLayer(StaticLayer):
         drop = _dropped(tokens_to_remove, past)
         self.clock.crop(drop)
         self.state.padding.reset()
-        self.state.fed, self.state.feeding = past - drop, None
+        self.state.recount(past - drop)
         if drop == past:
             self.state.empty = True
 
@@ -662,6 +663,14 @@ class MillionStaticCache(StaticCache):
         if isinstance(length, Tensor) and not torch.compiler.is_compiling():
             length.padding = self.state.padding  # for `million_mask`, which is given this tensor and no cache
         return length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | Tensor]:
+        """Columns of a mask for ``query_length`` more tokens, and the position of its first. ValueError if they do not fit: `generate` asks
+        for the mask of a compiled step outside of it, and that is all that Python sees of the step."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, MillionLayer) and not torch.compiler.is_compiling():
+            self.state.announce_mask(query_length, layer.max_cache_len)
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` tokens of every row. Raises as `check`, and ValueError if there are fewer."""

@@ -200,7 +200,10 @@ class CacheState:
         self.recent_tokens, self.sink_tokens, self.first_position = recent_tokens, sink_tokens, first_position
         self.clocks: list[Clock] = []
         self.empty = True  # no forward has finished since the last reset
-        self.fed = 0  # tokens of finished eager forwards: at most the clock's
+        self.counted: int | None = (
+            None  # tokens of finished forwards by the host's count: at least the clock's; None: not known
+        )
+        self.masked = 0  # tokens that the last mask was asked for, until their forward announces itself: a compiled one never does
         self.feeding: int | None = None  # tokens of an eager forward that has begun and not finished
         self.rolls_back = True  # whether a forward that dies leaves no trace: not with layers that keep their own count
         self.million = False  # whether the tokens it holds came through the million attention function
@@ -227,10 +230,14 @@ class CacheState:
         for clock in self.clocks:
             clock.commit()
         if not torch.compiler.is_compiling():
-            self.fed = (0 if self.empty else self.fed) + (self.feeding or 0)
+            self.counted = None if self.feeding is None else (self.counted or 0) + self.feeding
             self.feeding = None
         if self.empty:
             self.empty = False
+
+    def recount(self, tokens: int | None) -> None:
+        """The cache was emptied (None) or cropped: what it holds now."""
+        self.counted, self.masked, self.feeding = tokens, 0, None
 
     def announce(self, n: int, max_cache_len: int) -> None:
         """An eager forward of n tokens is about to begin: raise if it cannot, before any layer has written anything."""
@@ -239,16 +246,38 @@ class CacheState:
                 "the forward before this one did not finish, and the model's sliding-window layers cannot take its tokens back: reset() "
                 "the cache"
             )
-        # Reading the clock is free on the CPU. On a GPU it would wait for the device in every step: there the host counts what
-        # eager forwards feed. Compiled steps escape that count; the mask function sees the length of the 2-D mask, the op
-        # drops what does not fit, and `check` reports it.
-        on_cpu = self.clocks and self.clocks[0].time.device.type == "cpu"
-        past = 0 if self.empty else int(self.clocks[0].time[0]) if on_cpu else self.fed
+        if self.masked == n:
+            self.masked = 0  # the mask was for this forward
+        self._make_room(n, max_cache_len)
+        self.feeding = n
+
+    def announce_mask(self, n: int, max_cache_len: int) -> None:
+        """A mask for a forward of n more tokens is asked for, which may be compiled. Raises ValueError if they do not fit."""
+        self._make_room(n, max_cache_len)
+        self.masked = n
+
+    def _make_room(self, n: int, max_cache_len: int) -> None:
+        """Raise ValueError if n more tokens do not fit.
+
+        Reading the clock is free on the CPU. On a GPU it would wait for the device in every step: there the host counts, never
+        too few, and reads the clock only when by that count the cache is full. What the host never sees, forwards whose mask is made
+        in compiled code too and replays of a captured graph, the op drops, and `check` reports it.
+        """
+        if self.empty:
+            past, self.counted = 0, None  # a compiled forward may be what fills it
+        else:
+            time = self.clocks[0].time
+            past = None if self.counted is None or time.device.type == "cpu" else self.counted + self.masked
+            if past is None or past + n > max_cache_len:
+                if time.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    return
+                past = int(time[0])
+            self.counted = past
+        self.masked = 0
         if past + n > max_cache_len:
             raise ValueError(
                 f"the cache holds {past} tokens and max_cache_len is {max_cache_len}: {n} more do not fit; nothing was written"
             )
-        self.feeding = n
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Refuse codebooks of another model than the one with this text config, as far as `enable` recorded which it is.

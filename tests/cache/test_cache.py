@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 from million_cache import PRESETS, Codebooks, MillionStaticCache, PQConfig, disable, enable
 from million_cache.cache import CROP_KEEPS, MillionLayer
+from million_cache.models import cache_argument
 from million_cache.state import Clock
 from tests.cache.lossless import RecordingCache, lossless_codebooks, lossless_for
 from tests.cache.tiny_models import tiny_gemma3, tiny_gptneo, tiny_llama, tiny_phi3_long
@@ -481,9 +482,56 @@ def test_a_prompt_longer_than_the_cache(enabled, books, ids):
         enabled.generate(ids[:, :17], past_key_values=cache, max_new_tokens=2)
 
 
-def test_generating_past_the_end(enabled, books, ids):
-    with pytest.raises(ValueError, match="max_cache_len"):
-        enabled.generate(ids[:, :10], past_key_values=MillionStaticCache(enabled.config, books, 16), max_new_tokens=9)
+@pytest.mark.parametrize("enable_it", [True, False], ids=["enabled", "dequantised"])
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.filterwarnings("ignore:attention implementation")
+def test_generating_past_the_end(request, model, books, ids, padded, enable_it):
+    """The step that does not fit raises, not a token later, though it is compiled on a GPU and transformers may drop a mask of ones."""
+    if enable_it:
+        request.getfixturevalue("enabled")
+    mask = torch.ones_like(ids[:, :10])
+    mask[1, : 3 * padded] = 0
+    cache = MillionStaticCache(model.config, books, 16)
+
+    def generate(new):
+        return model.generate(
+            ids[:, :10], attention_mask=mask, max_new_tokens=new, do_sample=False, **cache_argument(model, cache)
+        )
+
+    assert generate(7).shape[1] == 17  # the last token is not fed
+    cache.reset()
+    for _ in range(20):
+        cache.get_mask_sizes(1, 0)  # masks of forwards that never come are no tokens
+    assert generate(7).shape[1] == 17
+    cache.reset()
+    with pytest.raises(ValueError, match=r"16 tokens and max_cache_len is 16: 1 more|covers 17 tokens"):
+        generate(9)
+    cache.check()  # nothing was dropped
+    assert int(cache.get_seq_length()) == 16
+
+
+def test_counting_on_the_host(enabled, books, ids):
+    """Compiled forwards do not announce themselves, masks of theirs do: of each kind, and of masks that no forward follows, the host
+    counts enough to refuse what does not fit, and nothing else."""
+    cache = MillionStaticCache(enabled.config, books, 16)
+    step = torch.compile(enabled, fullgraph=True)
+    with torch.no_grad():
+        mask = torch.ones(2, 1, 1, 16, dtype=torch.bool, device=ids.device)
+        logits(enabled, ids[:, :10], cache)
+        for i in range(10, 13):
+            cache.get_mask_sizes(1, 0)
+            step(ids[:, i : i + 1], attention_mask=mask, past_key_values=cache)
+        for _ in range(20):
+            cache.get_mask_sizes(1, 0)
+        logits(enabled, ids[:, 13:15], cache)
+        cache.crop(-4)
+        logits(enabled, ids[:, 11:15], cache)
+        with pytest.raises(ValueError, match="15 tokens and max_cache_len is 16: 2 more"):
+            cache.get_mask_sizes(2, 0)
+        cache.get_mask_sizes(1, 0)
+        step(ids[:, :1], attention_mask=mask, past_key_values=cache)
+        with pytest.raises(ValueError, match="16 tokens and max_cache_len is 16: 1 more"):
+            logits(enabled, ids[:, :1], cache)
 
 
 def test_the_sticky_overflow_flag(enabled, books, ids):
