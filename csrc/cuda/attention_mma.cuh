@@ -74,7 +74,7 @@ struct Block : RowBlock {
       : RowBlock(a, blockIdx.y, blockIdx.z * S::Rows, S::Rows),
         shared(shared),
         scratch(*reinterpret_cast<Scratch<S>*>(shared + S::kTableBytes)),
-        lane(threadIdx.x % kWarp),
+        lane(S::kHoldsLane ? opaque(threadIdx.x % kWarp) : threadIdx.x % kWarp),
         warp(threadIdx.x / kWarp),
         n(lane >> 2),
         c(lane & 3) {}
@@ -641,9 +641,29 @@ struct Block : RowBlock {
     float top[S::kLaneRows], sum[S::kLaneRows], magnitude[S::kLaneRows];
   };
 
+  // Where the warps of a pair meet: addresses in shared memory of the first of two slots, and of the barriers that say
+  // that it is full or empty. Apart, what the other block waits for is the other block's.
+  struct Link {
+    uint32_t slot, full, own;
+    __device__ uint32_t empty(int it) const {
+      return own + uint32_t(offsetof(Scratch<S>, empty) - offsetof(Scratch<S>, full)) + (it & 1) * 8;
+    }
+  };
+  __device__ Link link(int pair) const {
+    const uint32_t slot = opaque(shared_address(&scratch.slots[pair][0]));
+    const uint32_t full = opaque(shared_address(&scratch.full[pair][0]));
+    if constexpr (!S::kApart) return {slot, full, full};
+    if (blockIdx.x % 2 == 0) return {in_block(slot, 1), in_block(full, 1), full};
+    return {slot, full, in_block(full, 0)};
+  }
+  using Slot = typename Scratch<S>::Slot;
+  using Four = typename Scratch<S>::Four;
+
   // Scores of a tile, the lane's four tokens of each of its rows, to probabilities in the pair's slot.
-  __device__ __forceinline__ void publish(float (&s)[S::kLaneRows][4], Softmax& state, int pair, int it) const {
+  __device__ __forceinline__ void publish(float (&s)[S::kLaneRows][4], Softmax& state, const Link& link, int it) const {
     const int own = lane & 15;
+    const uint32_t slot = link.slot + (it & 1) * sizeof(Slot), full = link.full + (it & 1) * 8,
+                   factor = slot + offsetof(Slot, factor);
     float highest[S::kLaneRows];
     bool raise = false;
 #pragma unroll
@@ -653,46 +673,45 @@ struct Block : RowBlock {
     }
     raise = __any_sync(~0u, raise);
     float factors[S::kLaneRows] = {};
-    auto& slot = scratch.slots[pair][it & 1];
-    barrier_wait(&scratch.empty[pair][it & 1], (it >> 1 & 1) ^ 1);
+    barrier_wait(link.empty(it), (it >> 1 & 1) ^ 1);
     if (raise) {
 #pragma unroll
       for (int rr = 0; rr < S::kLaneRows; rr++) {
 #pragma unroll
         for (int step = 8; step; step /= 2) highest[rr] = fmaxf(highest[rr], __shfl_xor_sync(~0u, highest[rr], step));
         highest[rr] = fmaxf(highest[rr], state.top[rr]);
-        const float factor = exp2_fast(state.top[rr] - highest[rr]);
-        state.top[rr] = highest[rr], state.sum[rr] *= factor;
-        if (S::kApart)
-          factors[rr] = factor;
-        else if (own == 0)
-          slot.factor[lane_row(rr)] = factor;
+        factors[rr] = exp2_fast(state.top[rr] - highest[rr]);
+        state.top[rr] = highest[rr], state.sum[rr] *= factors[rr];
+        if (!S::kApart && own == 0) store_shared(factor + 4 * lane_row(rr), __float_as_uint(factors[rr]));
       }
     }
-    uint32_t full = 0;
-    if constexpr (S::kApart) full = in_block(&scratch.full[pair][it & 1], 1);
 #pragma unroll
-    for (int rr = 0; rr < S::kLaneRows; rr++) {
-      float p[4];
+    for (int qt = 0; qt < S::kTiles; qt++) {
+      Four four;
 #pragma unroll
-      for (int i = 0; i < 4; i++) p[i] = exp2_fast(fmaf(s[rr][i], state.magnitude[rr], -state.top[rr]));
-      state.sum[rr] += (p[0] + p[1]) + (p[2] + p[3]);
-      const __half2 low = __floats2half2_rn(p[0], p[1]), high = __floats2half2_rn(p[2], p[3]);
-      const uint2 both = {reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
-      uint2* to = reinterpret_cast<uint2*>(&slot.p[lane_row(rr)][4 * own]);
-      if constexpr (S::kApart) {
-        send(in_block(to, 1), both, full);
-        if (own == 0) send(in_block(&slot.factor[lane_row(rr)], 1), __float_as_uint(factors[rr]), full);
-      } else {
-        *to = both;
+      for (int half = 0; half < S::kHalves; half++) {
+        const int rr = qt * S::kHalves + half;
+        float p[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) p[i] = exp2_fast(fmaf(s[rr][i], state.magnitude[rr], -state.top[rr]));
+        state.sum[rr] += (p[0] + p[1]) + (p[2] + p[3]);
+        uint32_t* const to = reinterpret_cast<uint32_t*>(&four) + half;
+        to[0] = half2_bits(p[0], p[1]), to[S::kHalves] = half2_bits(p[2], p[3]);
+        if constexpr (S::kApart)
+          if (own == 0) send(factor + 4 * lane_row(rr), __float_as_uint(factors[rr]), full);
       }
+      const uint32_t to = slot + (qt * kWarp + lane) * sizeof(Four);
+      if constexpr (S::kApart)
+        send(to, four, full);
+      else
+        store_shared(to, four);
     }
     if constexpr (S::kApart) {
-      if (lane == 0) send(in_block(&slot.rescale, 1), uint32_t(raise), full);
+      if (lane == 0) send(slot + uint32_t(offsetof(Slot, rescale)), uint32_t(raise), full);
     } else {
-      if (lane == 0) slot.rescale = raise;
+      if (lane == 0) store_shared(slot + offsetof(Slot, rescale), uint32_t(raise));
       __syncwarp();
-      if (lane < kArrivals) barrier_arrive(&scratch.full[pair][it & 1]);
+      if (lane < kArrivals) barrier_arrive(full);
     }
   }
 
@@ -733,10 +752,20 @@ struct Block : RowBlock {
     }
   }
 
+  // Tiles that every query row sees all of.
+  struct Whole {
+    int begin;
+    uint32_t count;
+  };
+  __device__ Whole whole() const {
+    const int begin = (max(scratch.seen.begin, 0) + kTile - 1) / kTile;
+    return {begin, a.mask == nullptr ? uint32_t(max(scratch.seen.all_end / kTile - begin, 0)) : 0};
+  }
+
   // Scores of a tile from its codes.
   __device__ __forceinline__ void coded_scores(int tile, bool more, const uint8_t* codes, Words& words,
-                                               const Places<K>& places, const Prepared& prepared, Frame& frame,
-                                               Query& q, float (&s)[S::kLaneRows][4]) const {
+                                               const Places<K>& places, const Prepared& prepared, const Whole& whole,
+                                               Frame& frame, Query& q, float (&s)[S::kLaneRows][4]) const {
     const int slot0 = tile * kTile, slot = slot0 + 4 * (lane & 15);
     for (int from = slot0;; from = frame.border) {  // frames of this tile from slot `from` on: nearly always one
       if (from >= frame.border) {
@@ -787,6 +816,7 @@ struct Block : RowBlock {
       }
       if (last) break;
     }
+    if (uint32_t(tile - whole.begin) < whole.count) return;
     if (slot0 < scratch.seen.begin || slot0 + kTile > scratch.seen.all_end) {
 #pragma unroll
       for (int rr = 0; rr < S::kLaneRows; rr++) {
@@ -828,18 +858,25 @@ struct Block : RowBlock {
   // values of a batch in it, and `done(batch, step, unit)` hears that a step needs no more.
   // `last`: how many such calls there are.
   template <int Units, class Ask, class Look, class Done>
-  __device__ __forceinline__ void accumulate(Outputs& o, int pair, int it, int last, const Ask& ask, const Look& look,
-                                             const Done& done) const {
+  __device__ __forceinline__ void accumulate(Outputs& o, const Link& link, int it, int last, const Ask& ask,
+                                             const Look& look, const Done& done) const {
     const int r = n & 3, rh = n >> 2;
-    const auto& slot = scratch.slots[pair][it & 1];
-    const __half(*shares)[kTile] = c == r ? slot.p : scratch.zeros;
-    if (S::kApart && lane == 0) barrier_expect(&scratch.full[pair][it & 1], slot.kSent);
+    const uint32_t slot = link.slot + (it & 1) * sizeof(Slot), full = link.full + (it & 1) * 8;
+    const uint32_t shares = c == r ? slot + (kTile / 4 * rh + r) * sizeof(Four) : shared_address(scratch.zeros);
+    if (S::kApart && lane == 0) barrier_expect(full, Slot::kSent);
     ask(0);
-    barrier_wait(&scratch.full[pair][it & 1], it >> 1 & 1);
-    if (slot.rescale) {
+    barrier_wait(full, it >> 1 & 1);
+    uint32_t rescale;
+    load_shared(slot + offsetof(Slot, rescale), rescale);
+    if (rescale) {
+      const auto factor = [&](int row) {
+        uint32_t x;
+        load_shared(slot + offsetof(Slot, factor) + 4 * row, x);
+        return __uint_as_float(x);
+      };
 #pragma unroll
       for (int qt = 0; qt < S::kTiles; qt++) {
-        const float low = slot.factor[4 * qt + rh], high = S::kHalves == 2 ? slot.factor[4 * qt + rh + 2] : low;
+        const float low = factor(4 * qt + rh), high = S::kHalves == 2 ? factor(4 * qt + rh + 2) : low;
 #pragma unroll
         for (int i = 0; i < V::kSteps; i++)
 #pragma unroll
@@ -859,16 +896,15 @@ struct Block : RowBlock {
         uint32_t p[S::kTiles][2][4];
 #pragma unroll
         for (int qt = 0; qt < S::kTiles; qt++) {
-          const int tokens = 16 * (unit * (4 / Units) + batch) + 4 * r;
-          const uint2 low = *reinterpret_cast<const uint2*>(&shares[4 * qt + rh][tokens]);
+          Four four;
+          load_shared(shares + (qt * (kTile / 2) + 4 * (unit * (4 / Units) + batch)) * sizeof(Four), four);
           if constexpr (S::Rows == 2) {
-            p[qt][0][0] = low.x & 0xffff, p[qt][0][1] = low.x << 16, p[qt][0][2] = low.x >> 16,
-            p[qt][0][3] = low.x & 0xffff0000;
-            p[qt][1][0] = low.y & 0xffff, p[qt][1][1] = low.y << 16, p[qt][1][2] = low.y >> 16,
-            p[qt][1][3] = low.y & 0xffff0000;
+            p[qt][0][0] = four.x & 0xffff, p[qt][0][1] = four.x << 16, p[qt][0][2] = four.x >> 16,
+            p[qt][0][3] = four.x & 0xffff0000;
+            p[qt][1][0] = four.y & 0xffff, p[qt][1][1] = four.y << 16, p[qt][1][2] = four.y >> 16,
+            p[qt][1][3] = four.y & 0xffff0000;
           } else {
-            const uint2 high = *reinterpret_cast<const uint2*>(&shares[4 * qt + rh + 2][tokens]);
-            p[qt][0][0] = low.x, p[qt][0][1] = high.x, p[qt][0][2] = low.y, p[qt][0][3] = high.y;
+            p[qt][0][0] = four.x, p[qt][0][1] = four.y, p[qt][0][2] = four.z, p[qt][0][3] = four.w;
           }
         }
         static_for<V::kSteps>([&](auto step_) {
@@ -897,13 +933,13 @@ struct Block : RowBlock {
     __syncwarp();
     if constexpr (S::kApart) {
       // Not of the last two: then the block that it tells may have ended.
-      if (lane == 0 && it + 2 < last) barrier_arrive_there(in_block(&scratch.empty[pair][it & 1], 0));
+      if (lane == 0 && it + 2 < last) barrier_arrive_there(link.empty(it));
     } else {
-      if (lane < kArrivals) barrier_arrive(&scratch.empty[pair][it & 1]);
+      if (lane < kArrivals) barrier_arrive(link.empty(it));
     }
   }
 
-  __device__ void exact_values(int group, Outputs& o, int pair, int it, int last) const {
+  __device__ void exact_values(int group, Outputs& o, const Link& link, int it, int last) const {
     const Token mine = token(group * kGroup + (lane & 15));
     bool any = false;  // row sees it: what no row sees may be NaN
 #pragma unroll 1       // four copies of it are as many instructions to fetch
@@ -913,7 +949,7 @@ struct Block : RowBlock {
     constexpr int kUnits = S::Rows <= 4 ? 1 : 4, kBatches = 4 / kUnits;
     uint32_t values[kBatches][V::kSteps][kSubs];
     accumulate<kUnits>(
-        o, pair, it, last,
+        o, link, it, last,
         [&](int unit) {
           static_for<kBatches>([&](auto batch_) {
             constexpr int batch = decltype(batch_)::value;
@@ -943,11 +979,11 @@ struct Block : RowBlock {
         [](auto, auto, int) {});
   }
 
-  __device__ __forceinline__ void coded_values(Outputs& o, int pair, int it, int last, const uint8_t* codes,
+  __device__ __forceinline__ void coded_values(Outputs& o, const Link& link, int it, int last, const uint8_t* codes,
                                                Words& words, const Places<V>& places) const {
     const uint8_t* next = it + 1 < last ? codes + kValueTile : nullptr;
     accumulate<kValueUnit.per_tile>(
-        o, pair, it, last, [](int) {},
+        o, link, it, last, [](int) {},
         [&](auto step_, auto batch_, int, auto token_, auto& out) {
           constexpr int step = decltype(step_)::value, batch = decltype(batch_)::value, token = decltype(token_)::value;
           constexpr Group group = group_of(V::kSteps, step);
@@ -1088,7 +1124,9 @@ struct Block : RowBlock {
     const uint8_t* at = nullptr;
     Words words = {};
     Places<K> places = {};
+    Whole whole = {};
     Frame frame = {};
+    const Link link = this->link(pair);
     const int end = run(pair).end;
     int next = ~first_group(pair);
     for (int it = 0; next != end; it++) {
@@ -1096,13 +1134,13 @@ struct Block : RowBlock {
         load_query(0, raw, q);
         exact_scores(~next, q, s);
         next -= group_step();
-        at = nullptr, frame = {}, places = {};  // known: takes no registers till here
+        at = nullptr, frame = {}, places = {}, whole = {};  // known: takes no registers till here
 #pragma unroll
         for (int i = 0; i < kWords; i++) words[i] = 0;
       } else {
         if (next < 0) {
           const Run tiles = run(pair);
-          next = tiles.begin, at = key_codes(tiles), frame = first_frame(tiles);
+          next = tiles.begin, at = key_codes(tiles), frame = first_frame(tiles), whole = this->whole();
           if (next != end) {
 #pragma unroll
             for (int i = 0; i < kKeyUnit.words / 4; i++) fetch(words, i, at);
@@ -1115,10 +1153,10 @@ struct Block : RowBlock {
           if (next == end) break;
           load_query(frame.now, prepared, q);
         }
-        coded_scores(next, next + 1 < end, at, words, places, prepared, frame, q, s);
+        coded_scores(next, next + 1 < end, at, words, places, prepared, whole, frame, q, s);
         next++, at += kKeyTile;
       }
-      publish(s, state, pair, it);
+      publish(s, state, link, it);
     }
 #pragma unroll
     for (int rr = 0; rr < S::kLaneRows; rr++) {
@@ -1137,10 +1175,11 @@ struct Block : RowBlock {
   __device__ void weigh(int pair, Outputs& o) const {
     zero(o);
     const Run tiles = run(pair);
+    const Link link = this->link(pair);
     const int own = first_group(pair), step = group_step();
     const int last = (max(groups() - own, 0) + step - 1) / step + max(tiles.end - tiles.begin, 0);
     int it = 0;
-    for (int group = own; group < groups(); group += step, it++) exact_values(group, o, pair, it, last);
+    for (int group = own; group < groups(); group += step, it++) exact_values(group, o, link, it, last);
     barrier_wait(&scratch.v_table, 0);
     if (tiles.begin < tiles.end) {
       const uint8_t* at = value_codes(tiles);
@@ -1148,7 +1187,7 @@ struct Block : RowBlock {
 #pragma unroll
       for (int i = 0; i < kValueUnit.words / 4; i++) fetch(words, i, at);
       const Places<V> places(n, c, shared_address(shared) - kSharedBase);
-      for (; it < last; it++, at += kValueTile) coded_values(o, pair, it, last, at, words, places);
+      for (; it < last; it++, at += kValueTile) coded_values(o, link, it, last, at, words, places);
     }
   }
 };
@@ -1171,7 +1210,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   // What needs nothing of the kernels before, the arguments among it: they arrive in lines of 64 bytes.
   touch(a);
   Block<S>::init_barriers(a, scratch);
-  for (int i = threadIdx.x; i < S::Rows * kTile / 8; i += S::kThreads)
+  for (int i = threadIdx.x; i < int(sizeof(scratch.zeros) / 16); i += S::kThreads)
     reinterpret_cast<uint4*>(scratch.zeros)[i] = uint4{};
   __syncthreads();
 #if __CUDA_ARCH__ >= 900
@@ -1238,7 +1277,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __gr
   touch(a);
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   Block<S>::init_barriers(a, scratch);
-  for (int i = threadIdx.x; i < S::Rows * kTile / 8; i += S::kThreads)
+  for (int i = threadIdx.x; i < int(sizeof(scratch.zeros) / 16); i += S::kThreads)
     reinterpret_cast<uint4*>(scratch.zeros)[i] = uint4{};
   __syncthreads();
   cluster_arrive();  // the barriers are there

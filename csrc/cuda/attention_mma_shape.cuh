@@ -35,6 +35,8 @@ struct Shape {
   static constexpr bool kApart = D > 128;
   // Of warps: one spilled register costs more than a pair brings.
   static constexpr int kPairs = kApart ? 8 : Rows == 8 ? 4 : Rows == 4 ? 6 : 8;
+  // Whether a register is left for a lane's number, which else is asked for wherever it is used.
+  static constexpr bool kHoldsLane = Rows == 4 && VD < 8 && !kApart;
   static constexpr int kBlocks = kApart ? 2 : 1;          // of a split
   static constexpr int kValueWarp = kApart ? 0 : kPairs;  // the first of those for values, or that prepare queries
   static constexpr int kHalf = kPairs * kWarp, kThreads = kApart ? kHalf : 2 * kHalf;
@@ -74,8 +76,12 @@ struct ExactPlace {
 
 template <class S>
 struct Scratch {
-  struct Slot {  // probabilities of a pair's tile, and what its earlier results are to be multiplied with first
-    __half p[S::Rows][kTile];
+  // Probabilities as operands: of four tokens of a lane's query rows, the first two of row rh, of row rh + 2 if there
+  // is one, then the others. [tile of rows][rh][fours]
+  using Four = std::conditional_t<S::kHalves == 2, uint4, uint2>;
+  using Fours = Four[S::kTiles][2][kTile / 4];
+  struct Slot {  // of a pair's tile: probabilities, and what its earlier results are to be multiplied with first
+    Fours p;
     float factor[S::Rows];
     int rescale;
     int pad[3];
@@ -90,8 +96,8 @@ struct Scratch {
   float query[S::Rows][S::D];                 // divided by its power of two
   uint2 raw[S::kTiles * S::D];                // the same as operands
   float frequencies[S::D / 2];
-  __half zeros[S::Rows][kTile];  // what lanes read whose probabilities another rotation takes
-  float magnitude[S::Rows];      // the power of two, times scale * log2(e)
+  Fours zeros;               // what lanes read whose probabilities another rotation takes
+  float magnitude[S::Rows];  // the power of two, times scale * log2(e)
   Row rows[S::Rows];
   Range seen;
   Exact exact;

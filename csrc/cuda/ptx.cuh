@@ -35,6 +35,26 @@ __device__ __forceinline__ void lookup(uint32_t address, uint32_t (&out)[Words])
         : "r"(address), "n"(Imm));
 }
 
+// Accesses at an address in shared memory. Loads stay behind barriers, which are `volatile` too.
+__device__ __forceinline__ void store_shared(uint32_t at, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t at, uint2 x) {
+  asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(at), "r"(x.x), "r"(x.y) : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t at, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ __forceinline__ void load_shared(uint32_t at, uint32_t& x) {
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at));
+}
+__device__ __forceinline__ void load_shared(uint32_t at, uint2& x) {
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(at));
+}
+__device__ __forceinline__ void load_shared(uint32_t at, uint4& x) {
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
+}
+
 __device__ __forceinline__ uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x)::"memory");
   return x;
@@ -57,6 +77,11 @@ __device__ __forceinline__ void load_operand(const __half* row, uint32_t (&a)[4]
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
                : "r"(shared_address(row)));
+}
+
+__device__ __forceinline__ uint32_t half2_bits(float x, float y) {
+  const __half2 r = __floats2half2_rn(x, y);
+  return reinterpret_cast<const uint32_t&>(r);
 }
 
 // Two numbers as fp16, and what the rounding lost.
@@ -106,11 +131,13 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 // Arrives, and waits for so many bytes of bulk copies as well.
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 #endif
+}
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
+  barrier_expect(shared_address(barrier), bytes);
 }
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -135,14 +162,15 @@ __device__ __forceinline__ void barriers_to_cluster() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-// The address of `at` in the shared memory of another block of the cluster.
-__device__ __forceinline__ uint32_t in_block(const void* at, int block) {
+// The address in the shared memory of another block of the cluster of what lies at `at` in this one's.
+__device__ __forceinline__ uint32_t in_block(uint32_t at, int block) {
   uint32_t there = 0;
 #if __CUDA_ARCH__ >= 900
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(block));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
 #endif
   return there;
 }
+__device__ __forceinline__ uint32_t in_block(const void* at, int block) { return in_block(shared_address(at), block); }
 // Writes x to such an address, and tells a barrier of that block.
 __device__ __forceinline__ void send(uint32_t there, float4 x, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
@@ -150,6 +178,9 @@ __device__ __forceinline__ void send(uint32_t there, float4 x, uint32_t barrier)
                "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
                : "memory");
 #endif
+}
+__device__ __forceinline__ void send(uint32_t there, uint4 x, uint32_t barrier) {
+  send(there, float4{__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)}, barrier);
 }
 __device__ __forceinline__ void send(uint32_t there, uint2 x, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
@@ -176,24 +207,28 @@ __device__ __forceinline__ void bulk_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int phase) {
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) { barrier_arrive(shared_address(barrier)); }
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int phase) {
   uint32_t done;
   do {
 #if __CUDA_ARCH__ >= 900
     asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
                  : "=r"(done)
-                 : "r"(shared_address(barrier)), "r"(phase)
+                 : "r"(barrier), "r"(phase)
                  : "memory");
 #else
     asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
                  : "=r"(done)
-                 : "r"(shared_address(barrier)), "r"(phase)
+                 : "r"(barrier), "r"(phase)
                  : "memory");
 #endif
   } while (!done);
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int phase) {
+  barrier_wait(shared_address(barrier), phase);
 }
 
 }  // namespace mma
