@@ -320,8 +320,9 @@ struct Block : RowBlock {
   // A whole tile where registers suffice: what is looked up next has been asked for a tile before, which is long enough
   // for memory.
   static constexpr bool fits(int words) { return words <= 32; }
-  static constexpr Unit kKeyUnit{2 * K::kSteps, S::Rows > 2 && fits(2 * K::kSteps)};
-  static constexpr Unit kValueUnit{4 * V::kSteps, S::Rows == 4 && S::VD < 8 && fits(4 * V::kSteps)};
+  static constexpr bool kRoom = S::Rows > 2 || S::kThreads <= 384;  // registers for it
+  static constexpr Unit kKeyUnit{2 * K::kSteps, kRoom && fits(2 * K::kSteps)};
+  static constexpr Unit kValueUnit{4 * V::kSteps, kRoom && S::VD < 8 && fits(4 * V::kSteps)};
   static constexpr int kWords = kKeyUnit.words > kValueUnit.words ? kKeyUnit.words : kValueUnit.words;
   static constexpr int kKeyTile = kTile * S::D / S::KD, kValueTile = kTile * S::D / S::VD;  // bytes
   using Words = uint32_t[kWords];
@@ -556,9 +557,14 @@ struct Block : RowBlock {
     return group.first + ((step - group.first) ^ (r & (group.width - 1)));
   }
 
+  // For operands that are registers of their own: a zero that the compiler knows would be moved next to the others
+  // before every product.
+  static __device__ __forceinline__ uint32_t unknown_zero() { return blockDim.x ^ S::kThreads; }
+
   // The lane's part of the A operands, of a frame.
   __device__ __forceinline__ void load_query(int frame, const Prepared& prepared, Query& q) const {
     const int r = n & 3, rh = n >> 2;
+    const uint32_t zero = unknown_zero();
 #pragma unroll
     for (int qt = 0; qt < S::kTiles; qt++) {
       const uint2* from = prepared.at + int64_t(frame - prepared.frame) * prepared.stride +
@@ -571,7 +577,9 @@ struct Block : RowBlock {
           // [step][c][rh][pair of channels][rh, rh + 2] half2
           const uint2 x = from[mine * 8 * (S::KD / 2) + sub];
           const int u = step * (S::KD / 2) + sub;  // pair of depths: operand u / 2, its lower or upper half
-          q[qt][u / 2][u % 2 * 2] = x.x, q[qt][u / 2][u % 2 * 2 + 1] = S::kHalves == 2 ? x.y : 0u;
+          q[qt][u / 2][u % 2 * 2] = x.x, q[qt][u / 2][u % 2 * 2 + 1] = S::kHalves == 2 ? x.y
+                                                                       : S::KD < 8     ? x.x & zero
+                                                                                       : 0u;
         }
       }
     }
@@ -587,7 +595,7 @@ struct Block : RowBlock {
   // Waits for the loads of a query here: else the first instruction of every tile that uses it might wait, and with it
   // for the codes that are on their way.
   static __device__ __forceinline__ void settle(Query& q) {
-    const uint32_t zero = blockDim.x ^ S::kThreads;  // which the compiler does not know
+    const uint32_t zero = unknown_zero();
 #pragma unroll
     for (int qt = 0; qt < S::kTiles; qt++)
 #pragma unroll

@@ -33,8 +33,8 @@ struct Shape {
   static constexpr int kLaneRows = kTiles * kHalves;
   // Keys' and values' tables too large for one block: keys' warps in one, values' in another of a cluster of two.
   static constexpr bool kApart = D > 128;
-  // Of warps: one spilled register costs more than a pair brings.
-  static constexpr int kPairs = kApart ? 8 : Rows == 8 ? 4 : Rows == 4 ? 6 : 8;
+  // Of warps: a register that spills, or codes of half a tile instead of a whole one, cost more than a pair brings.
+  static constexpr int kPairs = kApart ? 8 : Rows == 8 ? 4 : Rows == 4 || VD < 8 ? 6 : 8;
   // Whether a register is left for a lane's number, which else is asked for wherever it is used.
   static constexpr bool kHoldsLane = Rows == 4 && VD < 8 && !kApart;
   static constexpr int kBlocks = kApart ? 2 : 1;          // of a split
