@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, StaticCache, StaticLayer, StaticSlidingWindowLayer
+from transformers.utils.import_utils import is_torchdynamo_exporting
 
 import million_ops
 from million_cache.codebook import Codebooks, LayerCodebooks
@@ -667,10 +668,13 @@ class MillionStaticCache(StaticCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int | Tensor]:
         """Columns of a mask for ``query_length`` more tokens, and the position of its first. ValueError if they do not fit: `generate` asks
         for the mask of a compiled step outside of it, and that is all that Python sees of the step."""
-        layer = self.layers[layer_idx]
-        if isinstance(layer, MillionLayer) and not torch.compiler.is_compiling():
+        sizes = super().get_mask_sizes(query_length, layer_idx)
+        if torch.compiler.is_compiling():
+            if not is_torchdynamo_exporting():
+                self.state.counted = None  # of a step that makes its mask itself Python sees nothing
+        elif layer_idx < len(self.layers) and isinstance(layer := self.layers[layer_idx], MillionLayer):
             self.state.announce_mask(query_length, layer.max_cache_len)
-        return super().get_mask_sizes(query_length, layer_idx)
+        return sizes
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` tokens of every row. Raises as `check`, and ValueError if there are fewer."""

@@ -200,10 +200,7 @@ class CacheState:
         self.recent_tokens, self.sink_tokens, self.first_position = recent_tokens, sink_tokens, first_position
         self.clocks: list[Clock] = []
         self.empty = True  # no forward has finished since the last reset
-        self.counted: int | None = (
-            None  # tokens of finished forwards by the host's count: at least the clock's; None: not known
-        )
-        self.masked = 0  # tokens that the last mask was asked for, until their forward announces itself: a compiled one never does
+        self.counted: int | None = None  # tokens by the host's count, see `_make_room`; None: not known
         self.feeding: int | None = None  # tokens of an eager forward that has begun and not finished
         self.rolls_back = True  # whether a forward that dies leaves no trace: not with layers that keep their own count
         self.million = False  # whether the tokens it holds came through the million attention function
@@ -230,14 +227,15 @@ class CacheState:
         for clock in self.clocks:
             clock.commit()
         if not torch.compiler.is_compiling():
-            self.counted = None if self.feeding is None else (self.counted or 0) + self.feeding
+            before = 0 if self.empty else self.counted
+            self.counted = None if before is None or self.feeding is None else before + self.feeding
             self.feeding = None
         if self.empty:
             self.empty = False
 
     def recount(self, tokens: int | None) -> None:
         """The cache was emptied (None) or cropped: what it holds now."""
-        self.counted, self.masked, self.feeding = tokens, 0, None
+        self.counted, self.feeding = tokens, None
 
     def announce(self, n: int, max_cache_len: int) -> None:
         """An eager forward of n tokens is about to begin: raise if it cannot, before any layer has written anything."""
@@ -246,34 +244,36 @@ class CacheState:
                 "the forward before this one did not finish, and the model's sliding-window layers cannot take its tokens back: reset() "
                 "the cache"
             )
-        if self.masked == n:
-            self.masked = 0  # the mask was for this forward
         self._make_room(n, max_cache_len)
         self.feeding = n
 
     def announce_mask(self, n: int, max_cache_len: int) -> None:
-        """A mask for a forward of n more tokens is asked for, which may be compiled. Raises ValueError if they do not fit."""
+        """A mask for a forward of n more tokens is asked for outside of compiled code, the forward itself may be compiled. Raises
+        ValueError if they do not fit."""
         self._make_room(n, max_cache_len)
-        self.masked = n
+        if self.counted is not None:
+            self.counted += n
 
     def _make_room(self, n: int, max_cache_len: int) -> None:
         """Raise ValueError if n more tokens do not fit.
 
-        Reading the clock is free on the CPU. On a GPU it would wait for the device in every step: there the host counts, never
-        too few, and reads the clock only when by that count the cache is full. What the host never sees, forwards whose mask is made
-        in compiled code too and replays of a captured graph, the op drops, and `check` reports it.
+        Reading the clock is free on the CPU. On a GPU it would wait for the device in every step: there the host counts, too much
+        rather than too little (an eager forward counts twice, when its mask is asked for and when it has finished), and reads the
+        clock only when by that count the cache is full: as often as the room that is left can be halved. What Python does not see
+        at all, replays of a graph that the user captured, the op drops when the cache is full, and `check` reports it.
         """
+        if self.feeding is not None:
+            self.counted = None  # the forward before died, or was finished by compiled code
         if self.empty:
             past, self.counted = 0, None  # a compiled forward may be what fills it
         else:
             time = self.clocks[0].time
-            past = None if self.counted is None or time.device.type == "cpu" else self.counted + self.masked
+            past = None if time.device.type == "cpu" else self.counted
             if past is None or past + n > max_cache_len:
                 if time.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                     return
                 past = int(time[0])
             self.counted = past
-        self.masked = 0
         if past + n > max_cache_len:
             raise ValueError(
                 f"the cache holds {past} tokens and max_cache_len is {max_cache_len}: {n} more do not fit; nothing was written"
