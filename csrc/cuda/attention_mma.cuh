@@ -320,7 +320,7 @@ struct Block : RowBlock {
   // A whole tile where registers suffice: what is looked up next has been asked for a tile before, which is long enough
   // for memory.
   static constexpr bool fits(int words) { return words <= 32; }
-  static constexpr bool kRoom = S::Rows > 2 || S::kThreads <= 384;  // registers for it
+  static constexpr bool kRoom = S::Rows > 2 || S::kThreads <= 384;  // for them
   static constexpr Unit kKeyUnit{2 * K::kSteps, kRoom && fits(2 * K::kSteps)};
   static constexpr Unit kValueUnit{4 * V::kSteps, kRoom && S::VD < 8 && fits(4 * V::kSteps)};
   static constexpr int kWords = kKeyUnit.words > kValueUnit.words ? kKeyUnit.words : kValueUnit.words;
@@ -557,8 +557,8 @@ struct Block : RowBlock {
     return group.first + ((step - group.first) ^ (r & (group.width - 1)));
   }
 
-  // For operands that are registers of their own: a zero that the compiler knows would be moved next to the others
-  // before every product.
+  // With it operands are registers of their own, which a zero that the compiler knows is not: that would be moved next
+  // to the others before every product.
   static __device__ __forceinline__ uint32_t unknown_zero() { return blockDim.x ^ S::kThreads; }
 
   // The lane's part of the A operands, of a frame.
@@ -652,9 +652,9 @@ struct Block : RowBlock {
   // Where the warps of a pair meet: addresses in shared memory of the first of two slots, and of the barriers that say
   // that it is full or empty. Apart, what the other block waits for is the other block's.
   struct Link {
-    uint32_t slot, full, own;
+    uint32_t slot, full, base;  // `base`: where `full` is in the block that has `empty`
     __device__ uint32_t empty(int it) const {
-      return own + uint32_t(offsetof(Scratch<S>, empty) - offsetof(Scratch<S>, full)) + (it & 1) * 8;
+      return base + uint32_t(offsetof(Scratch<S>, empty) - offsetof(Scratch<S>, full)) + (it & 1) * 8;
     }
   };
   __device__ Link link(int pair) const {

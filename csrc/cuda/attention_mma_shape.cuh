@@ -2,6 +2,8 @@
 // tables, and sums that are merged.
 #pragma once
 
+#include <type_traits>
+
 #include "attention.cuh"
 #include "attention_tables.cuh"
 #include "ptx.cuh"

@@ -243,8 +243,7 @@ class MillionLayer(StaticLayer):
         """Forget all tokens. Codes need no zeroing: nothing reads beyond the clock."""
         if self.is_initialized and self.begins:
             self.clock.reset()
-        self.state.empty = True
-        self.state.recount(None)
+        self.state.recount(0)
         self.state.padding.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -256,8 +255,6 @@ class MillionLayer(StaticLayer):
         self.clock.crop(drop)
         self.state.padding.reset()
         self.state.recount(past - drop)
-        if drop == past:
-            self.state.empty = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes row ``beam_idx[b]``, in place: addresses stay."""

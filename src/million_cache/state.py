@@ -233,9 +233,11 @@ class CacheState:
         if self.empty:
             self.empty = False
 
-    def recount(self, tokens: int | None) -> None:
-        """The cache was emptied (None) or cropped: what it holds now."""
-        self.counted, self.feeding = tokens, None
+    def recount(self, tokens: int) -> None:
+        """The cache was reset or cropped: what it holds now."""
+        self.empty = tokens == 0
+        self.counted = tokens or None  # a compiled forward may be what fills it
+        self.feeding = None
 
     def announce(self, n: int, max_cache_len: int) -> None:
         """An eager forward of n tokens is about to begin: raise if it cannot, before any layer has written anything."""
@@ -260,12 +262,13 @@ class CacheState:
         Reading the clock is free on the CPU. On a GPU it would wait for the device in every step: there the host counts, too much
         rather than too little (an eager forward counts twice, when its mask is asked for and when it has finished), and reads the
         clock only when by that count the cache is full: as often as the room that is left can be halved. What Python does not see
-        at all, replays of a graph that the user captured, the op drops when the cache is full, and `check` reports it.
+        at all, compiled forwards with a 4-D mask of the user's and replays of a graph that the user captured, the op drops when
+        the cache is full, and `check` reports it.
         """
         if self.feeding is not None:
             self.counted = None  # the forward before died, or was finished by compiled code
         if self.empty:
-            past, self.counted = 0, None  # a compiled forward may be what fills it
+            past = 0
         else:
             time = self.clocks[0].time
             past = None if time.device.type == "cpu" else self.counted
