@@ -219,7 +219,9 @@ struct Block : RowBlock {
         lane(threadIdx.x % kWarp),
         warp(threadIdx.x / kWarp),
         warps(blockDim.x / kWarp),
-        shared(shared) {}
+        shared(shared) {
+    know(ask_clock());
+  }
 
   __device__ int pair(int j) const {  // place of the lane's j-th pair of channels, on 32 different banks over the warp
     return lane * kPairs + (kPairs == 1 ? j : kPairs == 2 ? j ^ (lane >> 4) : j ^ (lane >> 3));

@@ -21,10 +21,25 @@ __device__ __forceinline__ float warp_sum(float x) {
 // x / y of 0 <= x < 2^21, with by = 1 / y.
 __device__ __forceinline__ int quotient(int x, float by) { return int((x + .5f) * by); }
 
+// x / y, with by = reciprocal(y), of 0 <= x < 2^31; of y = 0 it is some number.
+inline uint32_t reciprocal(int64_t y) {
+  return y <= 1 ? (y > 0 ? ~0u : 0u) : uint32_t(((int64_t(1) << 32) + y - 1) / y);
+}
+__device__ __forceinline__ int divide(int x, int y, uint32_t by) {
+  const int quotient = int(__umulhi(x, by)), rest = x - quotient * y;  // exact, or off by one
+  return quotient + (rest >= y) - (rest < 0);
+}
+
 // The slots that the rows of a block read from codes, and which of them every row reads.
 struct Range {
   int begin, end;  // any row
   int all_end;     // slots from `begin` on before this: every row, if there is no mask
+};
+
+// What says where a row's tokens lie, as it is in memory.
+struct Clock {
+  int64_t now, oldest;
+  int32_t start;
 };
 
 // Some rows (query, head of the group) of one row b and KV head h, and where their tokens lie.
@@ -35,16 +50,27 @@ struct RowBlock {
   int row0, rows;            // rows row0 .. row0 + rows - 1 of the launch are this block's
   int first, oldest, start;  // slots: of the first new token, the oldest that the ring may hold, the row's first
 
+  // Without the clock: `ask_clock` and `know` follow, and what needs no clock may stand between them.
   __device__ RowBlock(const Attention& a, int row_and_head, int row0, int rows)
       : a(a),
         layer(a.layer),
         b(quotient(row_and_head, a.by_heads)),
         h(row_and_head - b * int(a.layer.H)),
         row0(row0),
-        rows(min(rows, a.rows - row0)),
-        first(slot_index(first_slot(a.layer))),
-        oldest(slot_index(a.layer.clock[2])),
-        start(slot_index(a.layer.start[b])) {}
+        rows(min(rows, a.rows - row0)) {}
+
+  __device__ Clock ask_clock() const {
+    Clock asked;  // `volatile`: asked for here, not where it is used
+    asm volatile("ld.global.b64 %0, [%1];" : "=l"(asked.now) : "l"(layer.clock));
+    asm volatile("ld.global.b64 %0, [%1];" : "=l"(asked.oldest) : "l"(layer.clock + 2));
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(asked.start) : "l"(layer.start + b));
+    return asked;
+  }
+  __device__ void know(const Clock& asked) {
+    first = slot_index(first_slot(layer, asked.now));
+    oldest = slot_index(asked.oldest);
+    start = slot_index(asked.start);
+  }
 
   __device__ int query(int r) const { return a.query0 + quotient(min(row0 + r, a.rows - 1), a.by_group); }
   __device__ int query_head(int r) const { return h * a.G + row0 + r - quotient(row0 + r, a.by_group) * a.G; }

@@ -12,7 +12,6 @@ namespace {
 __global__ void merge_kernel(const __grid_constant__ Attention a) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");  // it starts when the splits do, which have waited
-  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   const int64_t row = blockIdx.x;
   const RowBlock block(a, int(row / a.rows), int(row % a.rows), 1);
@@ -20,17 +19,25 @@ __global__ void merge_kernel(const __grid_constant__ Attention a) {
   const float2* ends = mma::ends_of(a) + row * a.splits;
   const float2* from = reinterpret_cast<const float2*>(a.partials) + row * a.splits * lines + line;
   mma::Merged merged;
-  constexpr int kAtOnce = 8;
-  for (int split = 0; split < a.splits; split += kAtOnce) {
-    float2 end[kAtOnce], x[kAtOnce];
+  constexpr int kAtOnce = 16;
+  // Twice: before the splits are there for the instructions and addresses alone, which would be fetched while all wait.
+#pragma unroll 1
+  for (int pass = 0; pass < 2; pass++) {
+#if __CUDA_ARCH__ >= 900
+    if (pass == 1) asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    merged = {};
+    for (int split = 0; split < a.splits; split += kAtOnce) {
+      float2 end[kAtOnce], x[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; i++) {
-      const int at = min(split + i, a.splits - 1);
-      end[i] = __ldcg(ends + at), x[i] = __ldcg(from + at * lines);
+      for (int i = 0; i < kAtOnce; i++) {
+        const int at = min(split + i, a.splits - 1);
+        end[i] = __ldcg(ends + at), x[i] = __ldcg(from + at * lines);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+        if (split + i < a.splits) merged.add(end[i], x[i]);
     }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; i++)
-      if (split + i < a.splits) merged.add(end[i], x[i]);
   }
   const int query = block.query(0), head = block.query_head(0), heads = int(a.layer.H) * a.G;
   merged.store(a, ((int64_t(block.b) * a.layer.n + query) * heads + head) * a.layer.D,

@@ -173,24 +173,38 @@ struct Block : RowBlock {
   // Barriers within the block: 0 is __syncthreads.
   enum Named { kValues = 1, kReady, kScores, kTurnedFree, kTurnedFull = kTurnedFree + 2 };
 
-  static __device__ void init_barriers(const Attention& a, Scratch<S>& scratch) {
-    if (threadIdx.x < S::kPairs) {
+  // What needs nothing of the kernels before. By one thread a warp: of several lanes with barriers of their own one
+  // would come after the other, each for 60 cycles.
+  __device__ void begin() const {
+    if (lane == 0) {
+      if (warp < S::kPairs) {
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        barrier_init(&scratch.full[threadIdx.x][i], S::kApart ? 1 : kArrivals);
-        barrier_init(&scratch.empty[threadIdx.x][i], S::kApart ? 1 : kArrivals);
+        for (int i = 0; i < 2; i++) {
+          barrier_init(&scratch.full[warp][i], S::kApart ? 1 : kArrivals);
+          barrier_init(&scratch.empty[warp][i], S::kApart ? 1 : kArrivals);
+        }
+        if (S::kApart) barriers_to_cluster();
       }
-      if (S::kApart) barriers_to_cluster();
-    } else if (threadIdx.x == kWarp) {
-      barrier_init(&scratch.queries, S::kHalf);
-    } else if (threadIdx.x == 2 * kWarp) {  // those that are told by copies or by other blocks
-      barrier_init(&scratch.k_table, arrivals<K>());
-      barrier_init(&scratch.v_table, arrivals<V>());
-      barrier_init(&scratch.k_more, copies_second(a) ? S::kPairs * kArrivals : 1);
-      barrier_init(&scratch.parts, 1);
-      bulk_fence();
-      barriers_to_cluster();
+      if (warp == S::kValueWarp) {
+        barrier_init(&scratch.queries, S::kHalf);
+      } else if (warp == S::kValueWarp + 1) {  // those that are told by copies or by other blocks
+        barrier_init(&scratch.k_table, arrivals<K>());
+        barrier_init(&scratch.v_table, arrivals<V>());
+        barrier_init(&scratch.k_more, copies_second(a) ? S::kPairs * kArrivals : 1);
+        barrier_init(&scratch.parts, 1);
+        bulk_fence();
+        barriers_to_cluster();
+      }
     }
+    for (int i = S::kThreads - 1 - int(threadIdx.x); i < int(sizeof(scratch.zeros) / 16); i += S::kThreads)
+      reinterpret_cast<uint4*>(scratch.zeros)[i] = uint4{};
+    // The arguments arrive in lines of 64 bytes, and one would be waited for after the other.
+    constexpr int kLineWords = 16, kWords = sizeof(Attention) / 4;
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(&a);
+    uint32_t any = words[kWords - 1];
+#pragma unroll
+    for (int i = 0; i < kWords; i += kLineWords) any ^= words[i];
+    if (lane == 0) store_shared(shared_address(&scratch.arguments), any);
   }
 
   // Pairs of channels of the result that this block of a cluster merges.
@@ -207,36 +221,61 @@ struct Block : RowBlock {
     return warp == S::kPairs - 1 && layer.inv_freq != nullptr ? __ldcg(layer.origin + b) : 0;
   }
 
-  // Which tokens the block reads, and how they are shared out; computed once, by the last warp for scores. Lanes divide
-  // at the same time: one after the other the divisions would take a thousand cycles.
-  __device__ void describe(int origin) const {
+  // Tiles that are read from codes: so many from tile `first` on.
+  struct Tiles {
+    int first, count;
+  };
+  static __device__ Tiles tiles_of(const Range& seen) {
+    const int first = max(seen.begin, 0) / kTile;
+    return {first, max((seen.end + kTile - 1 >> 6) - first, 0)};
+  }
+  // How many of them the splits before this one have. None has fewer than kLeast but the last that has some: to bring
+  // its tables costs a block as much, and its pairs do so many at the same time.
+  static constexpr int kLeast = 4;
+  __device__ int tiles_before(int split, int count) const {
+    return min(count, split < a.splits ? int(__umulhi(max(count, kLeast * a.splits), split * a.by_splits)) : count);
+  }
+  // Whether the split has nothing to do, as the number of splits comes from the capacity, not from the tokens.
+  __device__ bool idle(const Clock& asked) {
+    if (__builtin_expect(split() < a.sure, 1)) return false;  // without waiting for the clock
+    know(asked);
+    const int count = tiles_of(range()).count;
+    return tiles_before(split(), count) == count;
+  }
+  __device__ void leave() const {
+    if (threadIdx.x < rows) ends_of(a)[(head() * a.rows + row0 + threadIdx.x) * a.splits + split()] = {kLowest, 0.f};
+  }
+
+  // Which tokens the block reads, and how they are shared out; computed once, by the last warp for scores, while all
+  // others wait.
+  __device__ void describe(int origin, const Clock& asked) {
     if (warp != S::kPairs - 1) return;
-    const auto from_lane = [](int x, int lane) { return __shfl_sync(~0u, x, lane); };
+    know(asked);
     const int oldest = max(ring_begin(), 0);
     const int ring = max(min(first - oldest, int(layer.R)), 0), sinks = int(layer.N),
               exact = sinks + ring + int(layer.n);
     const Range seen = range();
-    // Tiles of 64 slots: there are at most 2^24, and splits fewer than 2^8.
-    const uint32_t tile0 = max(seen.begin, 0) / kTile, all = max((seen.end + kTile - 1) / kTile - int(tile0), 0);
-    const int groups = (exact + kGroup - 1) / kGroup, split = this->split(), splits = a.splits;
-    const uint32_t first_quotient = (lane == 0   ? all * split
-                                     : lane == 1 ? all * (split + 1)
-                                     : lane == 2 ? uint32_t(max(groups - split + splits - 1, 0))
-                                                 : uint32_t(oldest)) /
-                                    uint32_t(lane < 3 ? splits : max(int(layer.R), 1));
-    const int begin = from_lane(first_quotient, 0), end = from_lane(first_quotient, 1);
-    const int mine = from_lane(first_quotient, 2), turns = from_lane(first_quotient, 3);
+    const Tiles all = tiles_of(seen);
+    const int groups = (exact + kGroup - 1) / kGroup, split = this->split();
+    const int begin = tiles_before(split, all.count), end = tiles_before(split + 1, all.count);
+    const int mine = divide(max(groups - split + a.splits - 1, 0), a.splits, a.by_splits);
+    const int turns = divide(oldest, int(layer.R), a.by_ring);
     // Pairs with exact tokens get fewer tiles: the first `more` pairs have a group more than the others.
     const int tiles = end - begin, more = mine % S::kPairs, rest = S::kPairs - more;
     const int few = max((tiles + kGroupTiles * mine) / S::kPairs - kGroupTiles * (mine / S::kPairs + 1), 0);
-    const int slot = (int(tile0) + begin) * kTile, last = (int(tile0) + end) * kTile - 1;
+    const int slot = (all.first + begin) * kTile, last = (all.first + end) * kTile - 1;
     const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
-    const uint32_t quotient = uint32_t(lane <= S::kPairs       ? (tiles - more * few) * max(lane - more, 0)
-                                       : lane == S::kPairs + 1 ? slot
-                                                               : max(last, 0)) /
-                              uint32_t(lane <= S::kPairs ? rest : tokens);
-    const int first_frame = from_lane(quotient, S::kPairs + 1), last_frame = from_lane(quotient, S::kPairs + 2);
-    if (lane <= S::kPairs) scratch.bounds[lane] = int(tile0) + begin + min(lane, more) * few + int(quotient);
+    const int first_frame = divide(slot, tokens, a.by_frame), last_frame = divide(max(last, 0), tokens, a.by_frame);
+    if (lane <= S::kPairs) {
+      // Of what the first pairs leave, lane - more parts of `rest`: a float's reciprocal is a little too large, which
+      // for as few tiles as a block has is exact.
+      const int left = tiles - more * few, part = lane - more;
+      const uint32_t by = __float2uint_rz(__fdividef(4294967296.f, float(rest))) + 512;
+      scratch.bounds[lane] = all.first + begin + min(lane, more) * few +
+                             (part >= rest ? left
+                              : part > 0   ? int(__umulhi(left * part, by))
+                                           : 0);
+    }
     if (lane == 0) {
       scratch.exact = {exact, sinks, ring, oldest, ring > 0 ? oldest - turns * int(layer.R) : 0, first, start};
       scratch.seen = seen;
@@ -249,7 +288,7 @@ struct Block : RowBlock {
   }
 
   // What needs less, by three of the warps for values: where exact tokens, codes and query rows are.
-  __device__ void describe_places() const {
+  __device__ void describe_places(const Clock& asked) {
     constexpr int kToken = S::D * 2;  // bytes
     if (warp == S::kValueWarp + 1 && lane == 0) {
       const int64_t sink0 = head() * layer.N * kToken, ring0 = head() * layer.R * kToken;
@@ -262,6 +301,7 @@ struct Block : RowBlock {
       scratch.codes[1] = layer.v.codes + head() * layer.v.slots * (S::D / S::VD);
     }
     if (warp == S::kValueWarp + 2 && lane < S::Rows) {
+      know(asked);
       const int row = min(lane, rows - 1), at = query(row), own = query_head(row), heads = int(layer.H) * a.G;
       scratch.rows[lane] = {position(row), coded_end(row), at, ((int64_t(b) * layer.n + at) * heads + own) * S::D,
                             (int64_t(b) * heads + own) * layer.n + at};
@@ -403,8 +443,10 @@ struct Block : RowBlock {
   static constexpr int kQueryWords = (S::kLine + kWarp - 1) / kWarp;
   using Asked = uint32_t[kQueryWords];
   __device__ int first_row() const { return (2 * S::kPairs - 2 - warp) % S::kPairs; }
-  __device__ void ask_query(int r, Asked& to) const {
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(query_row(min(r, rows - 1)));
+  __device__ const uint32_t* query_words(int r) const {
+    return reinterpret_cast<const uint32_t*>(query_row(min(r, rows - 1)));
+  }
+  __device__ void ask_query(int r, const uint32_t* from, Asked& to) const {
 #pragma unroll
     for (int i = 0; i < kQueryWords; i++)
       to[i] = r < rows && i * kWarp + lane < S::kLine ? __ldcg(from + i * kWarp + lane) : 0;
@@ -412,7 +454,7 @@ struct Block : RowBlock {
   __device__ void load_queries(Asked& asked) const {
 #pragma unroll 1
     for (int r = first_row(); r < S::Rows; r += S::kPairs) {
-      if (r != first_row()) ask_query(r, asked);
+      if (r != first_row()) ask_query(r, query_words(r), asked);
       float2 x[kQueryWords];
       float most = 0.f;
 #pragma unroll
@@ -434,10 +476,13 @@ struct Block : RowBlock {
     }
   }
 
-  __device__ void load_frequencies(int thread) const {
-    if (thread < S::D / 2)
-      scratch.frequencies[thread] =
-          layer.inv_freq != nullptr && thread < layer.half ? __ldg(layer.inv_freq + thread) : 0.f;
+  static __device__ int value_thread() { return int(threadIdx.x) - S::kValueWarp * kWarp; }
+  __device__ float ask_frequency() const {
+    const int i = value_thread();
+    return i < S::D / 2 && layer.inv_freq != nullptr && i < layer.half ? __ldg(layer.inv_freq + i) : 0.f;
+  }
+  __device__ void store_frequency(float x) const {
+    if (value_thread() < S::D / 2) scratch.frequencies[value_thread()] = x;
   }
 
   // Products with T^-1 that prepare the queries of these frames.
@@ -1007,7 +1052,7 @@ struct Block : RowBlock {
         });
   }
 
-  // Writes a pair's numerators, [4 rotations][Rows][D].
+  // Writes a pair's numerators, [4 rotations][Rows][D], pairs of channels in the order `spread`.
   __device__ void store_values(const Outputs& o, float* to) const {
     const int r = n & 3, rh = n >> 2;
     to += (r * S::Rows + rh) * S::D;
@@ -1022,7 +1067,8 @@ struct Block : RowBlock {
         for (int sub = 0; sub < kSubs; sub++)
 #pragma unroll
           for (int j = 0; j < 2; j++) {
-            float2* at = reinterpret_cast<float2*>(to + 4 * qt * S::D + (first + j * group.width) * S::VD + 2 * sub);
+            float2* at = reinterpret_cast<float2*>(to + 4 * qt * S::D +
+                                                   2 * spread<S::VD>((first + j * group.width) * (S::VD / 2) + sub));
             const auto& x = o[qt][step][sub];
             if constexpr (S::Rows == 2) {
               at[0] = {x[0][j], x[0][j + 2]};
@@ -1057,8 +1103,8 @@ struct Block : RowBlock {
         float2 x = {0.f, 0.f};
 #pragma unroll
         for (int rotation = 0; rotation < 4; rotation++) {
-          const float2 y =
-              *reinterpret_cast<const float2*>(&numerators[pair * kPart + (rotation * S::Rows + r) * S::D + 2 * line]);
+          const float2 y = *reinterpret_cast<const float2*>(
+              &numerators[pair * kPart + (rotation * S::Rows + r) * S::D + 2 * spread<S::VD>(line)]);
           x.x += y.x, x.y += y.y;
         }
         row.add_below(ends[pair], x);
@@ -1200,33 +1246,23 @@ struct Block : RowBlock {
   }
 };
 
-// Has arguments read that lie apart.
-__device__ __forceinline__ void touch(const Attention& a) {
-  const Layer& l = a.layer;
-  asm volatile("" ::"l"(l.k.codes), "l"(l.v.codes), "l"(l.k.codebook), "l"(l.v.codebook), "l"(l.inverse), "l"(l.clock));
-  asm volatile("" ::"l"(l.origin), "l"(l.k_ring), "l"(l.v_sinks), "l"(l.inv_freq), "l"(l.R), "l"(l.frame_tokens));
-  asm volatile("" ::"l"(a.q.data), "l"(a.out), "l"(a.mask), "l"(a.partials), "r"(a.splits), "f"(a.per_share));
-}
-
 // blockIdx: split, (row, KV head), tile of query rows.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_constant__ Attention a) {
   extern __shared__ __align__(1024) char shared[];
   // The host checked that it is so; the upper byte is the block's rank in its cluster.
   if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
-  Scratch<S>& scratch = *reinterpret_cast<Scratch<S>*>(shared + S::kTableBytes);
-  // What needs nothing of the kernels before, the arguments among it: they arrive in lines of 64 bytes.
-  touch(a);
-  Block<S>::init_barriers(a, scratch);
-  for (int i = threadIdx.x; i < int(sizeof(scratch.zeros) / 16); i += S::kThreads)
-    reinterpret_cast<uint4*>(scratch.zeros)[i] = uint4{};
+  Block<S> block(a, shared);
+  block.begin();
+  const uint32_t* own_query = block.query_words(block.first_row());
   __syncthreads();
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
   // Not before: the append that may start from here on reads what the kernels before have written.
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  const Block<S> block(a, shared);
+  // All that is needed is asked for before anything is waited for.
+  const Clock clock = block.ask_clock();
   const bool scores = block.warp < S::kPairs;
   const int pair = scores ? block.warp : block.warp - S::kPairs;
   using K = typename S::K;
@@ -1235,8 +1271,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   if (scores) {
     typename Block<S>::Asked asked;
     const int origin = block.ask_origin();
-    block.ask_query(block.first_row(), asked);
-    block.describe(origin);
+    block.ask_query(block.first_row(), own_query, asked);
+    if (block.idle(clock)) return block.leave();
+    if (threadIdx.x == 0) block.start_first();
+    block.describe(origin, clock);
     block.load_queries(asked);
     named_arrive(Block<S>::kReady, S::kThreads);
     named_sync(Block<S>::kScores, S::kThreads);  // the block is described, by warps of either kind
@@ -1249,13 +1287,13 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
     block.score(pair, block.prepared(frames));
     __syncthreads();
   } else {
-    const int thread = threadIdx.x - S::kHalf;
+    const float frequency = block.ask_frequency();
     typename Block<S>::Inverse inverse;
     block.take_inverse(inverse);
-    if (thread == 0) block.start_first();
-    if (a.clusters && thread == kWarp) block.expect_parts();
-    block.describe_places();
-    block.load_frequencies(thread);
+    if (block.idle(clock)) return;
+    if (a.clusters && block.value_thread() == kWarp) block.expect_parts();
+    block.describe_places(clock);
+    block.store_frequency(frequency);
     named_arrive(Block<S>::kScores, S::kThreads);
     named_sync(Block<S>::kReady, S::kThreads);  // the block is described
     block.start_second();
@@ -1281,32 +1319,33 @@ template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __grid_constant__ Attention a) {
   extern __shared__ __align__(1024) char shared[];
   if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
-  Scratch<S>& scratch = *reinterpret_cast<Scratch<S>*>(shared + S::kTableBytes);
-  touch(a);
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  Block<S>::init_barriers(a, scratch);
-  for (int i = threadIdx.x; i < int(sizeof(scratch.zeros) / 16); i += S::kThreads)
-    reinterpret_cast<uint4*>(scratch.zeros)[i] = uint4{};
+  Block<S> block(a, shared);
+  Scratch<S>& scratch = block.scratch;
+  block.begin();
+  const uint32_t* own_query = block.query_words(block.first_row());
   __syncthreads();
   cluster_arrive();  // the barriers are there
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  const Block<S> block(a, shared);
+  const Clock clock = block.ask_clock();
   const int pair = block.warp, origin = block.ask_origin();
   using K = typename S::K;
   using V = typename S::V;
   static_assert(!K::kWhole && !V::kWhole);  // `load_table` leaves those to bulk copies
   if (blockIdx.x % 2 == 0) {
     typename Block<S>::Asked asked;
-    block.ask_query(block.first_row(), asked);
+    block.ask_query(block.first_row(), own_query, asked);
+    const float frequency = block.ask_frequency();
     typename Block<S>::Inverse inverse;
     block.take_inverse(inverse);
+    if (block.idle(clock)) return block.leave();
     Block<S>::template load_table<K>(block.codebook(a.layer.k), shared, &scratch.k_table);
-    block.describe(origin);
-    block.describe_places();
-    block.load_frequencies(threadIdx.x);
+    block.describe(origin, clock);
+    block.describe_places(clock);
+    block.store_frequency(frequency);
     block.load_queries(asked);
     __syncthreads();
     block.prefetch_first(pair);
@@ -1316,10 +1355,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __gr
     cluster_wait();
     block.score(pair, block.prepared(frames));
   } else {
+    if (block.idle(clock)) return;
     if (threadIdx.x == 0) barrier_expect(&scratch.parts, sizeof(scratch.ends));
     Block<S>::template load_table<V>(block.codebook(a.layer.v), shared, &scratch.v_table);
-    block.describe(origin);
-    block.describe_places();
+    block.describe(origin, clock);
+    block.describe_places(clock);
     __syncthreads();
     cluster_wait();
     typename Block<S>::Outputs o;
@@ -1387,6 +1427,11 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
     if (a.splits > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     a.clusters = clusters_fit<S>(config, a.splits);
   }
+  const Layer& layer = a.layer;
+  a.sure =
+      a.clusters ? a.splits : std::max(8, int((layer.N + layer.R + layer.n + Block<S>::kGroup - 1) / Block<S>::kGroup));
+  a.by_splits = reciprocal(a.splits), a.by_ring = reciprocal(layer.R);
+  a.by_frame = reciprocal(std::min(layer.frame_tokens, int64_t(kMaxSlot)));
   config.numAttrs = a.clusters || S::kApart ? 1 : 0;
   if (a.overlap) {  // start before the memory of the kernel before is flushed
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -109,6 +109,7 @@ struct Scratch {
   int busy;                   // pairs that have exact tokens, from the first on; 0 if all have
   Frames frames;
   int origin;
+  uint32_t arguments;               // of no use
   float2 ends[S::kPairs][S::Rows];  // reference maximum (log2), sum
   uint64_t full[S::kPairs][2], empty[S::kPairs][2], k_table, k_more, v_table, queries, parts;
 };
@@ -161,6 +162,14 @@ template <int Words>
 __device__ __forceinline__ void load_exact(const char* at, uint32_t (&out)[Words]) {
 #pragma unroll
   for (int i = 0; i < Words; i++) out[i] = __ldcg(reinterpret_cast<const uint32_t*>(at) + i);
+}
+
+// Place of a pair of channels of a row of numerators, so that the lanes that write them together write to different
+// banks: all but the lowest four bits of `line` stay, and those by which such lanes differ come to where they do not.
+template <int VD>
+__device__ __forceinline__ int spread(int line) {
+  const int c = line >> 4;
+  return line ^ (VD == 2 ? (c & 1) << 2 : VD == 4 ? (c & 1) << 3 | (c >> 1 & 1) : c & 3);
 }
 
 // Partial results: numerators [B, H, rows, splits, D], then (reference maximum (log2), sum) [B, H, rows, splits].

@@ -49,10 +49,11 @@ __device__ __forceinline__ void store_pair(void* data, int64_t i, float2 x, DTyp
 
 __device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
-// Slot of the forward's first new token.
-__device__ __forceinline__ int64_t first_slot(const Layer& a) {
-  return min(max(a.clock[0], -kFarSlot), kFarSlot) + a.offset;
+// Slot of the forward's first new token, by the clock.
+__device__ __forceinline__ int64_t first_slot(const Layer& a, int64_t now) {
+  return min(max(now, -kFarSlot), kFarSlot) + a.offset;
 }
+__device__ __forceinline__ int64_t first_slot(const Layer& a) { return first_slot(a, a.clock[0]); }
 
 constexpr int kMaxSlot = 1 << 30;  // buffers are shorter (checked by the host)
 
