@@ -198,7 +198,7 @@ struct Block : RowBlock {
     }
     for (int i = S::kThreads - 1 - int(threadIdx.x); i < int(sizeof(scratch.zeros) / 16); i += S::kThreads)
       reinterpret_cast<uint4*>(scratch.zeros)[i] = uint4{};
-    // The arguments arrive in lines of 64 bytes, and one would be waited for after the other.
+    // Arguments arrive in lines of 64 bytes, each waited for when it is first used: so all are used now.
     constexpr int kLineWords = 16, kWords = sizeof(Attention) / 4;
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&a);
     uint32_t any = words[kWords - 1];
@@ -216,9 +216,21 @@ struct Block : RowBlock {
     barrier_expect(&scratch.parts, (share_end() - share_begin()) * a.splits * sizeof(float4));
   }
 
-  // Asked for early.
-  __device__ int ask_origin() const {
-    return warp == S::kPairs - 1 && layer.inv_freq != nullptr ? __ldcg(layer.origin + b) : 0;
+  // What the warps that describe ask for early. Others do not: a load that nobody waits for holds up whoever is next to
+  // use its register.
+  struct Known {
+    Clock clock;
+    int origin;
+  };
+  __device__ bool describes() const { return warp == S::kPairs - 1; }
+  __device__ bool describes_rows() const { return warp == 0; }
+  __device__ Known ask_known() const {
+    Known asked = {};
+    if (describes() || describes_rows()) {
+      asked.clock = ask_clock();
+      if (layer.inv_freq != nullptr) asked.origin = __ldcg(layer.origin + b);
+    }
+    return asked;
   }
 
   // Tiles that are read from codes: so many from tile `first` on.
@@ -229,28 +241,28 @@ struct Block : RowBlock {
     const int first = max(seen.begin, 0) / kTile;
     return {first, max((seen.end + kTile - 1 >> 6) - first, 0)};
   }
-  // How many of them the splits before this one have. None has fewer than kLeast but the last that has some: to bring
-  // its tables costs a block as much, and its pairs do so many at the same time.
-  static constexpr int kLeast = 4;
+  // How many of them the splits before this one have: they share them alike, but if there are few, so that it is the
+  // last splits that have none.
   __device__ int tiles_before(int split, int count) const {
-    return min(count, split < a.splits ? int(__umulhi(max(count, kLeast * a.splits), split * a.by_splits)) : count);
+    const int shared_out = max(count, int(min(count, a.few) * a.gather + 0xffff >> 16));
+    return split < a.splits ? min(count, int(__umulhi(shared_out, split * a.by_splits))) : count;
   }
-  // Whether the split has nothing to do, as the number of splits comes from the capacity, not from the tokens.
-  __device__ bool idle(const Clock& asked) {
-    if (__builtin_expect(split() < a.sure, 1)) return false;  // without waiting for the clock
-    know(asked);
+  // Whether the split has nothing to do, as the number of splits comes from the capacity, not from the tokens; then it
+  // leaves that it has seen nothing. Not asked of the first splits, which need not wait for the clock.
+  __device__ bool may_idle() const { return split() >= a.sure; }
+  __device__ bool idles() {
+    know(ask_clock());
     const int count = tiles_of(range()).count;
-    return tiles_before(split(), count) == count;
-  }
-  __device__ void leave() const {
+    if (tiles_before(split(), count) < count) return false;
     if (threadIdx.x < rows) ends_of(a)[(head() * a.rows + row0 + threadIdx.x) * a.splits + split()] = {kLowest, 0.f};
+    return true;
   }
 
   // Which tokens the block reads, and how they are shared out; computed once, by the last warp for scores, while all
   // others wait.
-  __device__ void describe(int origin, const Clock& asked) {
-    if (warp != S::kPairs - 1) return;
-    know(asked);
+  __device__ void describe(const Known& asked) {
+    if (!describes()) return;
+    know(asked.clock);
     const int oldest = max(ring_begin(), 0);
     const int ring = max(min(first - oldest, int(layer.R)), 0), sinks = int(layer.N),
               exact = sinks + ring + int(layer.n);
@@ -267,8 +279,8 @@ struct Block : RowBlock {
     const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
     const int first_frame = divide(slot, tokens, a.by_frame), last_frame = divide(max(last, 0), tokens, a.by_frame);
     if (lane <= S::kPairs) {
-      // Of what the first pairs leave, lane - more parts of `rest`: a float's reciprocal is a little too large, which
-      // for as few tiles as a block has is exact.
+      // Of what the first pairs leave, lane - more parts of `rest`. The reciprocal is a float's, and a little too
+      // large: the quotient is exact up to a million tiles, and then as good.
       const int left = tiles - more * few, part = lane - more;
       const uint32_t by = __float2uint_rz(__fdividef(4294967296.f, float(rest))) + 512;
       scratch.bounds[lane] = all.first + begin + min(lane, more) * few +
@@ -280,15 +292,24 @@ struct Block : RowBlock {
       scratch.exact = {exact, sinks, ring, oldest, ring > 0 ? oldest - turns * int(layer.R) : 0, first, start};
       scratch.seen = seen;
       scratch.busy = mine < S::kPairs ? mine : 0;
-      scratch.origin = origin;
+      scratch.origin = asked.origin;
       scratch.frames = slot > last                 ? Frames{0, 0}
                        : layer.inv_freq == nullptr ? Frames{0, 1}
                                                    : Frames{first_frame, min(last_frame + 1, a.frames)};
     }
   }
 
-  // What needs less, by three of the warps for values: where exact tokens, codes and query rows are.
-  __device__ void describe_places(const Clock& asked) {
+  // Where query rows are.
+  __device__ void describe_rows(const Known& asked) {
+    if (!describes_rows() || lane >= S::Rows) return;
+    know(asked.clock);
+    const int row = min(lane, rows - 1), at = query(row), own = query_head(row), heads = int(layer.H) * a.G;
+    scratch.rows[lane] = {position(row), coded_end(row), at, ((int64_t(b) * layer.n + at) * heads + own) * S::D,
+                          (int64_t(b) * heads + own) * layer.n + at};
+  }
+
+  // What needs no clock, by two of the warps for values: where exact tokens and codes are.
+  __device__ void describe_places() const {
     constexpr int kToken = S::D * 2;  // bytes
     if (warp == S::kValueWarp + 1 && lane == 0) {
       const int64_t sink0 = head() * layer.N * kToken, ring0 = head() * layer.R * kToken;
@@ -299,12 +320,6 @@ struct Block : RowBlock {
     if (warp == S::kValueWarp + 3 && lane == 0) {
       scratch.codes[0] = layer.k.codes + head() * layer.k.slots * (S::D / S::KD);
       scratch.codes[1] = layer.v.codes + head() * layer.v.slots * (S::D / S::VD);
-    }
-    if (warp == S::kValueWarp + 2 && lane < S::Rows) {
-      know(asked);
-      const int row = min(lane, rows - 1), at = query(row), own = query_head(row), heads = int(layer.H) * a.G;
-      scratch.rows[lane] = {position(row), coded_end(row), at, ((int64_t(b) * layer.n + at) * heads + own) * S::D,
-                            (int64_t(b) * heads + own) * layer.n + at};
     }
   }
 
@@ -476,14 +491,15 @@ struct Block : RowBlock {
     }
   }
 
-  static __device__ int value_thread() { return int(threadIdx.x) - S::kValueWarp * kWarp; }
-  __device__ float ask_frequency() const {
-    const int i = value_thread();
-    return i < S::D / 2 && layer.inv_freq != nullptr && i < layer.half ? __ldg(layer.inv_freq + i) : 0.f;
+  // Frequencies go past the registers: who waits for a register may wait for all loads so far, T^-1 among them.
+  __device__ void ask_frequencies(int thread) const {
+    if (thread < S::D / 2) {
+      const bool there = layer.inv_freq != nullptr && thread < layer.half;
+      __pipeline_memcpy_async(&scratch.frequencies[thread], layer.inv_freq + (there ? thread : 0), 4, there ? 0 : 4);
+    }
+    __pipeline_commit();
   }
-  __device__ void store_frequency(float x) const {
-    if (value_thread() < S::D / 2) scratch.frequencies[value_thread()] = x;
-  }
+  static __device__ void frequencies_there() { __pipeline_wait_prior(0); }
 
   // Products with T^-1 that prepare the queries of these frames.
   static __device__ int products(const Frames& frames) {
@@ -1261,8 +1277,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   // Not before: the append that may start from here on reads what the kernels before have written.
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
+  if (__builtin_expect(block.may_idle(), 0))
+    if (block.idles()) return;
   // All that is needed is asked for before anything is waited for.
-  const Clock clock = block.ask_clock();
+  const typename Block<S>::Known known = block.ask_known();
   const bool scores = block.warp < S::kPairs;
   const int pair = scores ? block.warp : block.warp - S::kPairs;
   using K = typename S::K;
@@ -1270,11 +1288,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   // Who has arrived at the cluster's barrier is ready for the parts of other splits, which lie over `turned`.
   if (scores) {
     typename Block<S>::Asked asked;
-    const int origin = block.ask_origin();
     block.ask_query(block.first_row(), own_query, asked);
-    if (block.idle(clock)) return block.leave();
     if (threadIdx.x == 0) block.start_first();
-    block.describe(origin, clock);
+    block.describe(known);
+    block.describe_rows(known);
     block.load_queries(asked);
     named_arrive(Block<S>::kReady, S::kThreads);
     named_sync(Block<S>::kScores, S::kThreads);  // the block is described, by warps of either kind
@@ -1287,13 +1304,13 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
     block.score(pair, block.prepared(frames));
     __syncthreads();
   } else {
-    const float frequency = block.ask_frequency();
+    const int thread = threadIdx.x - S::kHalf;
+    block.ask_frequencies(thread);
     typename Block<S>::Inverse inverse;
     block.take_inverse(inverse);
-    if (block.idle(clock)) return;
-    if (a.clusters && block.value_thread() == kWarp) block.expect_parts();
-    block.describe_places(clock);
-    block.store_frequency(frequency);
+    if (a.clusters && thread == kWarp) block.expect_parts();
+    block.describe_places();
+    block.frequencies_there();
     named_arrive(Block<S>::kScores, S::kThreads);
     named_sync(Block<S>::kReady, S::kThreads);  // the block is described
     block.start_second();
@@ -1330,23 +1347,25 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __gr
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  const Clock clock = block.ask_clock();
-  const int pair = block.warp, origin = block.ask_origin();
+  if (block.may_idle())
+    if (block.idles()) return;
+  const typename Block<S>::Known known = block.ask_known();
+  const int pair = block.warp;
   using K = typename S::K;
   using V = typename S::V;
   static_assert(!K::kWhole && !V::kWhole);  // `load_table` leaves those to bulk copies
   if (blockIdx.x % 2 == 0) {
     typename Block<S>::Asked asked;
     block.ask_query(block.first_row(), own_query, asked);
-    const float frequency = block.ask_frequency();
+    block.ask_frequencies(threadIdx.x);
     typename Block<S>::Inverse inverse;
     block.take_inverse(inverse);
-    if (block.idle(clock)) return block.leave();
     Block<S>::template load_table<K>(block.codebook(a.layer.k), shared, &scratch.k_table);
-    block.describe(origin, clock);
-    block.describe_places(clock);
-    block.store_frequency(frequency);
+    block.describe(known);
+    block.describe_rows(known);
+    block.describe_places();
     block.load_queries(asked);
+    block.frequencies_there();
     __syncthreads();
     block.prefetch_first(pair);
     const Frames frames = scratch.frames;
@@ -1355,11 +1374,11 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __gr
     cluster_wait();
     block.score(pair, block.prepared(frames));
   } else {
-    if (block.idle(clock)) return;
     if (threadIdx.x == 0) barrier_expect(&scratch.parts, sizeof(scratch.ends));
     Block<S>::template load_table<V>(block.codebook(a.layer.v), shared, &scratch.v_table);
-    block.describe(origin, clock);
-    block.describe_places(clock);
+    block.describe(known);
+    block.describe_rows(known);
+    block.describe_places();
     __syncthreads();
     cluster_wait();
     typename Block<S>::Outputs o;
@@ -1428,8 +1447,14 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
     a.clusters = clusters_fit<S>(config, a.splits);
   }
   const Layer& layer = a.layer;
-  a.sure =
-      a.clusters ? a.splits : std::max(8, int((layer.N + layer.R + layer.n + Block<S>::kGroup - 1) / Block<S>::kGroup));
+  a.sure = a.splits;
+  if (!a.clusters) {
+    // To bring its tables costs a block as much as so many tiles, and its pairs do so many at the same time.
+    constexpr int kFewTiles = 4, kAlways = 8;
+    const int64_t groups = (layer.N + layer.R + layer.n + Block<S>::kGroup - 1) / Block<S>::kGroup;
+    a.sure = int(std::min<int64_t>(a.splits, std::max<int64_t>(kAlways, groups)));
+    if (a.sure < a.splits) a.few = kFewTiles * a.sure, a.gather = ((a.splits << 16) + a.sure - 1) / a.sure;
+  }
   a.by_splits = reciprocal(a.splits), a.by_ring = reciprocal(layer.R);
   a.by_frame = reciprocal(std::min(layer.frame_tokens, int64_t(kMaxSlot)));
   config.numAttrs = a.clusters || S::kApart ? 1 : 0;

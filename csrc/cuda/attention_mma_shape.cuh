@@ -109,7 +109,7 @@ struct Scratch {
   int busy;                   // pairs that have exact tokens, from the first on; 0 if all have
   Frames frames;
   int origin;
-  uint32_t arguments;               // of no use
+  uint32_t arguments;               // where `begin` leaves what it has read, for no other use
   float2 ends[S::kPairs][S::Rows];  // reference maximum (log2), sum
   uint64_t full[S::kPairs][2], empty[S::kPairs][2], k_table, k_more, v_table, queries, parts;
 };

@@ -33,7 +33,9 @@ struct Attention {
   bool clusters;    // the splits of a row are a cluster and merge by themselves:
   int share;        // each so many pairs of channels,
   float per_share;  // 1 / share
-  int sure;         // splits that have something to do however short the text is: exact tokens, or a cluster's part
+  int sure;         // splits that may have something to do however short the text is: exact tokens, a cluster's part
+  int few;          // up to so many tiles of codes are theirs alone:
+  uint32_t gather;  // 2^16 splits / sure
   uint32_t by_splits, by_ring, by_frame;  // `reciprocal` of splits, recent tokens, tokens of a frame
 };
 

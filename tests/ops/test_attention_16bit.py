@@ -98,6 +98,21 @@ def test_many_splits(head_dim):
     check(layer_of(past=20_000, heads=2, head_dim=head_dim, frame_tokens=2048), group=4)
 
 
+@pytest.mark.parametrize(
+    ("past", "recent"),
+    [(0, 16), (1, 16), (40, 16), (256, 16), (257, 16), (600, 16), (2068, 16), (2069, 16), (2200, 16), (9000, 16), (500, 600), (3000, 600)],
+)  # fmt: skip
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_short_texts_in_a_large_cache(past, recent, head_dim, device):
+    """The number of splits comes from the capacity: many find nothing to do, how many differs from row to row."""
+    if device == "cpu":
+        pytest.skip("its kernels do not split a row, and the reference decodes the whole cache")
+    layer = layer_of(
+        past=past, capacity=20_000, batch=2, heads=2, start=[0, min(past, 200)], recent=recent, head_dim=head_dim
+    )
+    check(layer, group=4)
+
+
 @pytest.mark.parametrize("frame_tokens", [0, 1, 48, 64, 100, 128, 2048])
 @pytest.mark.parametrize(("rotary", "interleaved"), [(None, False), (64, True), (0, False)])
 @pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (256, 4), (256, 1)])

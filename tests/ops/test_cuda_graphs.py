@@ -80,10 +80,11 @@ def run_both(decodings, group, steps, streams=1):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("past", [0, 1000])
-def test_across_borders(dtype, past):
-    """Frames of 48, a ring of 16, tiles of 64, and splits that begin empty: 200 steps cross all of them."""
-    layer = make_layer(batch=2, heads=2, head_dim=128, past=past, capacity=4096, recent=16, frame_tokens=48,
+@pytest.mark.parametrize(("past", "capacity"), [(0, 4096), (1000, 4096), (1980, 40_000)])
+def test_across_borders(dtype, past, capacity):
+    """Frames of 48, a ring of 16, tiles of 64, and splits that begin empty: 200 steps cross all of them. In the large cache more and
+    more splits find something to do."""
+    layer = make_layer(batch=2, heads=2, head_dim=128, past=past, capacity=capacity, recent=16, frame_tokens=48,
                        start=[0, 3], dtype=dtype)  # fmt: skip
     run_both([Decoding(layer, 4)], 4, 200)
 
