@@ -22,7 +22,6 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, StaticCache, StaticLayer, StaticSlidingWindowLayer
-from transformers.utils.import_utils import is_torchdynamo_exporting
 
 import million_ops
 from million_cache.codebook import Codebooks, LayerCodebooks
@@ -667,8 +666,7 @@ class MillionStaticCache(StaticCache):
         for the mask of a compiled step outside of it, and that is all that Python sees of the step."""
         sizes = super().get_mask_sizes(query_length, layer_idx)
         if torch.compiler.is_compiling():
-            if not is_torchdynamo_exporting():
-                self.state.counted = None  # of a step that makes its mask itself Python sees nothing
+            self.state.counted = None  # of a step that makes its mask itself Python sees nothing
         elif layer_idx < len(self.layers) and isinstance(layer := self.layers[layer_idx], MillionLayer):
             self.state.announce_mask(query_length, layer.max_cache_len)
         return sizes
