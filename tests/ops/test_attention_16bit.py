@@ -108,7 +108,7 @@ def test_short_texts_in_a_large_cache(past, recent, head_dim, device):
     if device == "cpu":
         pytest.skip("its kernels do not split a row, and the reference decodes the whole cache")
     layer = layer_of(
-        past=past, capacity=20_000, batch=2, heads=2, start=[0, min(past, 200)], recent=recent, head_dim=head_dim
+        past=past, capacity=20_000, batch=2, heads=4, start=[0, min(past, 200)], recent=recent, head_dim=head_dim
     )
     check(layer, group=4)
 
