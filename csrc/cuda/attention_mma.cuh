@@ -1448,9 +1448,7 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
   }
   const Layer& layer = a.layer;
   a.sure = a.splits;
-  // Where few heads have many splits each, most would wait for the clock, which costs more than it saves.
-  constexpr int kMostGathered = 16;
-  if (!a.clusters && a.splits <= kMostGathered) {
+  if (!a.clusters) {
     // To bring its tables costs a block as much as so many tiles, and its pairs do so many at the same time.
     constexpr int kFewTiles = 4, kAlways = 8;
     const int64_t groups = (layer.N + layer.R + layer.n + Block<S>::kGroup - 1) / Block<S>::kGroup;

@@ -84,7 +84,7 @@ def run_both(decodings, group, steps, streams=1):
 def test_across_borders(dtype, past, capacity):
     """Frames of 48, a ring of 16, tiles of 64, and splits that begin empty: 200 steps cross all of them. In the large cache more and
     more splits find something to do."""
-    layer = make_layer(batch=2, heads=4, head_dim=128, past=past, capacity=capacity, recent=16, frame_tokens=48,
+    layer = make_layer(batch=2, heads=2, head_dim=128, past=past, capacity=capacity, recent=16, frame_tokens=48,
                        start=[0, 3], dtype=dtype)  # fmt: skip
     run_both([Decoding(layer, 4)], 4, 200)
 
