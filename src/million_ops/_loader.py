@@ -5,7 +5,7 @@ imported by the first call. Environment:
 
 * ``MILLION_GPU=triton``: leave the compiled CUDA kernels out, so that Triton's run.
 * ``MILLION_GPU_SHARED=163``: take the compiled CUDA kernels that so many KiB of shared memory a block allow (`dispatch`, csrc/cuda/bind.cpp).
-* ``MILLION_GPU_TABLES=wide`` or ``narrow``: of keys, where the tensor core kernel has both, whatever the GPU and the length (csrc/cuda/attention_mma.cu).
+* ``MILLION_GPU_TABLES=wide``, ``single`` (wide, but keys' once) or ``narrow``: where the tensor core kernel has them, whatever the GPU and the length (csrc/cuda/attention_mma.cu).
 * ``MILLION_CPU_ISA=reference``: leave the compiled CPU kernels out.
 """
 
