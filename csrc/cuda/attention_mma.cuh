@@ -839,8 +839,8 @@ struct Block : RowBlock {
                                                const Places<K>& places, const Prepared& prepared, const Whole& whole,
                                                Frame& frame, Query& q, float (&s)[S::kLaneRows][4]) const {
     const int slot0 = tile * kTile, slot = slot0 + 4 * (lane & 15);
-    // What the frames before `from` gave. Where it is opaque the compiler makes a copy of the loop's body for tiles of one
-    // frame, which selects nothing; with two rows that is slower.
+    // What the frames before `from` gave. Where it is opaque the compiler makes a copy of the loop's body for tiles of
+    // one frame, which selects nothing; with two rows that is slower.
     constexpr bool kPeel = S::Rows > 2;
     float before[S::kLaneRows][4] = {};
     for (int from = slot0;; from = frame.border) {  // frames of this tile from slot `from` on: nearly always one
