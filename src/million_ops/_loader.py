@@ -1,7 +1,7 @@
 """Registers the reference for every device, loads the compiled kernels that this installation has, and Triton's without them.
 
 Where the compiled CUDA kernels are missing and triton can be imported, `triton_kernels` serves CUDA tensors; triton itself is
-imported by the first call. Environment:
+imported by the first call. Environment (another value is a ValueError here, so that a typing error does not choose kernels):
 
 * ``MILLION_GPU=triton``: leave the compiled CUDA kernels out, so that Triton's run.
 * ``MILLION_GPU_SHARED=163``: take the compiled CUDA kernels that so many KiB of shared memory a block allow (`dispatch`, csrc/cuda/bind.cpp).
@@ -32,6 +32,23 @@ _COMPILERS = {
 }
 _NAMES = {"baseline": "baseline", "avx2": "AVX2", "avx512": "AVX-512"}
 
+_SETTINGS = {
+    "MILLION_GPU": r"triton",
+    "MILLION_GPU_SHARED": r"[1-9]\d*",
+    "MILLION_GPU_TABLES": r"wide|single|narrow",
+    "MILLION_CPU_ISA": r"reference|baseline|avx2|avx512",
+}
+
+
+def _check_settings() -> None:
+    for name, known in _SETTINGS.items():
+        given = os.environ.get(name, "")
+        if given and not re.fullmatch(known, given):
+            what = "a number of KiB" if name == "MILLION_GPU_SHARED" else known.replace("|", ", ")
+            raise ValueError(f"{name} is {given!r} in the environment; it can be {what}, or unset")
+
+
+_check_settings()
 for _name, _function in reference.IMPLEMENTATIONS.items():
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 

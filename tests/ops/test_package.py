@@ -51,6 +51,23 @@ def test_instruction_set_can_be_limited(isa):
     assert has_kernels("cpu") is False or ("baseline" in state if isa == "baseline" else state.startswith("missing"))
 
 
+@pytest.mark.parametrize(
+    "name, given, known",
+    [
+        ("MILLION_GPU", "cuda", "triton"),
+        ("MILLION_GPU_SHARED", "163K", "KiB"),
+        ("MILLION_GPU_TABLES", "Wide", "wide, single, narrow"),
+        ("MILLION_CPU_ISA", "avx", "baseline"),
+    ],
+)
+def test_unknown_settings(monkeypatch, name, given, known):
+    monkeypatch.setenv(name, given)
+    with pytest.raises(ValueError, match=rf"{name} is '{given}' .*{known}.*unset"):
+        _loader._check_settings()
+    monkeypatch.setenv(name, "")
+    _loader._check_settings()
+
+
 def test_old_torch_is_told(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     loaded, state = _loader._load("cpu")
