@@ -211,7 +211,7 @@ def test_layouts_by_shared_memory(monkeypatch, kib, head_dims):
 )
 def test_other_gpus(device, setting):
     """Narrow tables, and the general kernel, as a GPU with less shared memory takes them; wide ones, which long caches on one with
-    faster memory get."""
+    faster memory get, and those with keys' table once, as short texts in such a cache use them."""
     if device != "cuda":
         pytest.skip("of GPUs")
     names = (
