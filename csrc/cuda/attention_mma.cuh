@@ -96,9 +96,8 @@ struct Block : RowBlock {
   static __device__ int arrivals() {
     return by_bulk<Table>() ? 1 : S::kHalf;
   }
-  // Whether keys' table comes in two, unless the block has few tokens; and whether the second is the first, moved,
-  // copied within the block: if so many blocks ask the L2 cache for tables at the same time that it is what they wait
-  // for. Four warps are too few for that.
+  // Whether keys' table comes in two; and whether the second is the first, moved, copied within the block: if so many
+  // blocks ask the L2 cache for tables at the same time that it is what they wait for. Four warps are too few for that.
   static constexpr bool in_two() { return by_bulk<K>() && K::kCopies > 1; }
   static __device__ bool copies_second(const Attention& a) { return in_two() && S::kPairs > 4 && a.crowded; }
 
@@ -115,8 +114,7 @@ struct Block : RowBlock {
     if constexpr (by_bulk<V>() || in_two()) {
       if (threadIdx.x == S::kThreads - kWarp) {  // of the warp that rotates least
         if constexpr (in_two())
-          if (scratch.in_two && !copies_second(a))
-            copy_page(&scratch.k_more, codebook(layer.k), shared + kPage + K::kMove);
+          if (!copies_second(a)) copy_page(&scratch.k_more, codebook(layer.k), shared + kPage + K::kMove);
         if constexpr (by_bulk<V>()) copy_page(&scratch.v_table, codebook(layer.v), shared + S::kValueTable);
       }
     }
@@ -125,7 +123,7 @@ struct Block : RowBlock {
   // Keys' second table, by the warps for scores, if possible those without exact tokens.
   __device__ void copy_second() const {
     if constexpr (in_two() && S::kPairs > 4) {
-      if (!copies_second(a) || !scratch.in_two) return;
+      if (!copies_second(a)) return;
       constexpr int kAtOnce = 4, kBytes = kWarp * 16;
       if (warp >= scratch.busy) {
         barrier_wait(&scratch.k_table, 0);
@@ -294,7 +292,6 @@ struct Block : RowBlock {
       scratch.exact = {exact, sinks, ring, oldest, ring > 0 ? oldest - turns * int(layer.R) : 0, first, start};
       scratch.seen = seen;
       scratch.busy = mine < S::kPairs ? mine : 0;
-      scratch.in_two = tiles > a.one_table;
       scratch.origin = asked.origin;
       scratch.frames = slot > last                 ? Frames{0, 0}
                        : layer.inv_freq == nullptr ? Frames{0, 1}
@@ -839,10 +836,6 @@ struct Block : RowBlock {
                                                const Places<K>& places, const Prepared& prepared, const Whole& whole,
                                                Frame& frame, Query& q, float (&s)[S::kLaneRows][4]) const {
     const int slot0 = tile * kTile, slot = slot0 + 4 * (lane & 15);
-    // What the frames before `from` gave. Where it is opaque the compiler makes a copy of the loop's body for tiles of
-    // one frame, which selects nothing; with two rows that is slower.
-    constexpr bool kPeel = S::Rows > 2;
-    float before[S::kLaneRows][4] = {};
     for (int from = slot0;; from = frame.border) {  // frames of this tile from slot `from` on: nearly always one
       if (from >= frame.border) {
         load_query(++frame.now, prepared, q), frame.border += frame.tokens;
@@ -851,13 +844,11 @@ struct Block : RowBlock {
       }
       const bool last = slot0 + kTile <= frame.border;
       // What is looked up after this: the tile again, for its next frame, or the next tile.
-      const uint8_t* next = codes + (last ? kKeyTile : 0);
-      const bool ask = more || !last;
+      const uint8_t* next = !last ? codes : more ? codes + kKeyTile : nullptr;
       constexpr int kBatches = 4 / kKeyUnit.per_tile;  // of a unit
 #pragma unroll 1
       for (int unit = 0; unit < kKeyUnit.per_tile; unit++) {
-        const bool inside = unit + 1 < kKeyUnit.per_tile;
-        const uint8_t* after = inside ? codes + kKeyUnit.words * 128 : next;
+        const uint8_t* after = unit + 1 < kKeyUnit.per_tile ? codes + kKeyUnit.words * 128 : next;
         static_for<kBatches / 2>([&](auto both_) {
           constexpr int first = 2 * decltype(both_)::value;
           float acc[2][2][S::kTiles][4] = {};
@@ -870,7 +861,7 @@ struct Block : RowBlock {
             lookup<kSharedBase + offset / kRow * kPage + offset % kRow>(
                 prmt(words[at / 4], places.at(group.width, x), 0x7604 | at % 4 << 4), out);
           });
-          if (inside || ask) {
+          if (after != nullptr) {
             constexpr int kChunks = kKeyUnit.words / 4;
 #pragma unroll
             for (int i = first * kChunks / kBatches; i < (first + 2) * kChunks / kBatches; i++) fetch(words, i, after);
@@ -881,27 +872,18 @@ struct Block : RowBlock {
             const float low = s[rr][0], high = s[rr][1];
             s[rr][0] = s[rr][2], s[rr][1] = s[rr][3], s[rr][2] = low, s[rr][3] = high;
           }
+          const int token = slot + (kKeyUnit.per_tile == 2 ? 2 * unit : first);
 #pragma unroll
           for (int batch = 0; batch < 2; batch++) {
             float x[S::kLaneRows];
             pick(acc[batch], x);
 #pragma unroll
-            for (int rr = 0; rr < S::kLaneRows; rr++) s[rr][2 + batch] = x[rr];
+            for (int rr = 0; rr < S::kLaneRows; rr++)
+              s[rr][2 + batch] = token + batch >= from ? x[rr] : s[rr][2 + batch];
           }
         });
       }
-      if (!kPeel || from > slot0) {
-#pragma unroll
-        for (int rr = 0; rr < S::kLaneRows; rr++)
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            if (slot + i < from) s[rr][i] = before[rr][i];
-      }
-      if (__builtin_expect(last, 1)) break;
-#pragma unroll
-      for (int rr = 0; rr < S::kLaneRows; rr++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) before[rr][i] = kPeel ? opaque(s[rr][i]) : s[rr][i];
+      if (last) break;
     }
     if (uint32_t(tile - whole.begin) < whole.count) return;
     if (slot0 < scratch.seen.begin || slot0 + kTile > scratch.seen.all_end) {
@@ -1068,7 +1050,7 @@ struct Block : RowBlock {
 
   __device__ __forceinline__ void coded_values(Outputs& o, const Link& link, int it, int last, const uint8_t* codes,
                                                Words& words, const Places<V>& places) const {
-    const bool more = it + 1 < last;
+    const uint8_t* next = it + 1 < last ? codes + kValueTile : nullptr;
     accumulate<kValueUnit.per_tile>(
         o, link, it, last, [](int) {},
         [&](auto step_, auto batch_, int, auto token_, auto& out) {
@@ -1081,9 +1063,8 @@ struct Block : RowBlock {
         },
         [&](auto batch_, auto step_, int unit) {
           constexpr int word = decltype(batch_)::value * V::kSteps + decltype(step_)::value;
-          const bool inside = unit + 1 < kValueUnit.per_tile;
-          if (word % 4 == 3 && (inside || more))
-            fetch(words, word / 4, codes + (inside ? kValueUnit.words * 128 : kValueTile));
+          const uint8_t* after = unit + 1 < kValueUnit.per_tile ? codes + kValueUnit.words * 128 : next;
+          if (word % 4 == 3 && after != nullptr) fetch(words, word / 4, after);
         });
   }
 
@@ -1236,14 +1217,8 @@ struct Block : RowBlock {
           }
           // Even if there are no codes: the table must be there before it is overwritten.
           barrier_wait(&scratch.k_table, 0);
-          int column = n;
-          if constexpr (in_two()) {
-            if (scratch.in_two)
-              barrier_wait(&scratch.k_more, 0);
-            else
-              column = K::in_first(n);
-          }
-          places = Places<K>(column, c, shared_address(shared) - kSharedBase);
+          if constexpr (in_two()) barrier_wait(&scratch.k_more, 0);
+          places = Places<K>(n, c, shared_address(shared) - kSharedBase);
           barrier_wait(&scratch.queries, 0);
           if (next == end) break;
           load_query(frame.now, prepared, q);
@@ -1346,8 +1321,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
     typename Block<S>::Outputs o;
     block.weigh(pair, o);
     barrier_wait(&block.scratch.k_table, 0);  // which the numerators overwrite
-    if constexpr (Block<S>::in_two())
-      if (block.scratch.in_two) barrier_wait(&block.scratch.k_more, 0);
+    if constexpr (Block<S>::in_two()) barrier_wait(&block.scratch.k_more, 0);
     __syncthreads();
     block.store_values(o, numerators + pair * Block<S>::kPart);
   }
@@ -1481,7 +1455,6 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
     a.sure = int(std::min<int64_t>(a.splits, std::max<int64_t>(kAlways, groups)));
     if (a.sure < a.splits) a.few = kFewTiles * a.sure, a.gather = ((a.splits << 16) + a.sure - 1) / a.sure;
   }
-  a.one_table = one_table();
   a.by_splits = reciprocal(a.splits), a.by_ring = reciprocal(layer.R);
   a.by_frame = reciprocal(std::min(layer.frame_tokens, int64_t(kMaxSlot)));
   config.numAttrs = a.clusters || S::kApart ? 1 : 0;

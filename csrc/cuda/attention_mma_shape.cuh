@@ -107,7 +107,6 @@ struct Scratch {
   const uint8_t* codes[2];    // of the row's KV head: keys', values'
   int bounds[S::kPairs + 1];  // of the pairs' tiles
   int busy;                   // pairs that have exact tokens, from the first on; 0 if all have
-  bool in_two;                // keys' table is brought twice
   Frames frames;
   int origin;
   uint32_t arguments;               // where `begin` leaves what it has read, for no other use

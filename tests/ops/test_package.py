@@ -56,7 +56,7 @@ def test_instruction_set_can_be_limited(isa):
     [
         ("MILLION_GPU", "cuda", "triton"),
         ("MILLION_GPU_SHARED", "163K", "KiB"),
-        ("MILLION_GPU_TABLES", "Wide", "wide, single, narrow"),
+        ("MILLION_GPU_TABLES", "Wide", "wide, narrow"),
         ("MILLION_CPU_ISA", "avx", "baseline"),
     ],
 )
@@ -66,6 +66,12 @@ def test_unknown_settings(monkeypatch, name, given, known):
         _loader._check_settings()
     monkeypatch.setenv(name, "")
     _loader._check_settings()
+
+
+def test_unknown_settings_stop_the_import():
+    env = {**os.environ, "MILLION_GPU_TABLES": "Wide"}
+    done = subprocess.run([sys.executable, "-c", "import million_ops"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "ValueError: MILLION_GPU_TABLES is 'Wide'" in done.stderr
 
 
 def test_old_torch_is_told(monkeypatch):
