@@ -1,5 +1,6 @@
 // The launches of the tensor core kernel: the choice of its instance, and the merging of its splits.
 #include <algorithm>
+#include <climits>
 #include <cstdlib>
 
 #include "attention_mma.cuh"
@@ -91,6 +92,12 @@ bool slow_memory() {
   return bytes > 0 && bytes < 15 * cycles;
 }
 
+// For tests: 'n' for narrow tables, 'w' for wide ones, 's' for those with keys' table once; 0 if nothing is given.
+char given_tables() {
+  static const char* const given = std::getenv("MILLION_GPU_TABLES");
+  return given ? *given : 0;
+}
+
 }  // namespace
 
 // Tokens of a block for which bringing 64 KiB of tables less, 1 us, is worth more than lookups without bank conflicts,
@@ -99,9 +106,8 @@ constexpr int64_t kFewTokens = 3000;
 
 const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim, int shared, int64_t tokens) {
   // Measured where keys' narrow table is all that differs (one page instead of two).
-  static const bool slow = slow_memory();                              // GPUs of one machine are taken to be alike
-  static const char* const given = std::getenv("MILLION_GPU_TABLES");  // "wide" or "narrow", for tests
-  const bool narrow = given ? *given == 'n' : slow || tokens <= kFewTokens;
+  static const bool slow = slow_memory();  // GPUs of one machine are taken to be alike
+  const bool narrow = given_tables() ? given_tables() == 'n' : slow || tokens <= kFewTokens;
   if (narrow && D == 128 && k_dim == 2)
     for (const Instance* list = instances_narrow(); list->launch; list++)
       if (list->D == D && list->k_dim == k_dim && list->v_dim == v_dim &&
@@ -116,6 +122,8 @@ const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim, int shared, in
     }
   return smallest;
 }
+
+int one_table() { return given_tables() == 's' ? INT_MAX : given_tables() ? 0 : kFewTokens / kTile; }
 
 }  // namespace mma
 }  // namespace million

@@ -16,9 +16,14 @@
 //
 // Values. Columns are subspaces, depths are tokens. At step i lane (n, c) looks up subspace w n + (i ^ c) of its four
 // tokens; row (query row, r) of A holds the probabilities of the tokens of c = r only. Two PRMTs transpose a pair of
-// lookups into (token, next token) of each channel. With one or two query rows there is a shorter way: depths are pairs
-// (channel 0, channel 1) of one token, and the rows that are free hold (0, p) for the second channel beside (p, 0) for
-// the first, so that a lookup is an operand as it comes.
+// lookups into (token, next token) of each channel.
+//
+// With one or two query rows what is looked up for scores is A (`kLookedUpA`), 16 rows instead of 8 columns, so half
+// the products: two rows x four rotations are the columns of B, row n of A is token n of the first half, row n + 8 of
+// the second. Values need no transposition: depths are pairs (channel 0, channel 1) of one token, as a lookup comes.
+// With two query rows, those of A that are free hold (0, p) for the second channel beside (p, 0) for the first. With
+// one
+// (`One`) both are columns of B, in four rotations, and row n of A is subspace n of one step, row n + 8 of the next.
 //
 // Steps rotate in groups of w = 4, then 2, then 1 (`rotation_width`); where w leaves lanes on the same banks, a table
 // holds its entries several times (replicas).
@@ -96,8 +101,9 @@ struct Block : RowBlock {
   static __device__ int arrivals() {
     return by_bulk<Table>() ? 1 : S::kHalf;
   }
-  // Whether keys' table comes in two; and whether the second is the first, moved, copied within the block: if so many
-  // blocks ask the L2 cache for tables at the same time that it is what they wait for. Four warps are too few for that.
+  // Whether keys' table comes in two, unless the block has few tokens; and whether the second is the first, moved,
+  // copied within the block: if so many blocks ask the L2 cache for tables at the same time that it is what they wait
+  // for. Four warps are too few for that.
   static constexpr bool in_two() { return by_bulk<K>() && K::kCopies > 1; }
   static __device__ bool copies_second(const Attention& a) { return in_two() && S::kPairs > 4 && a.crowded; }
 
@@ -114,7 +120,8 @@ struct Block : RowBlock {
     if constexpr (by_bulk<V>() || in_two()) {
       if (threadIdx.x == S::kThreads - kWarp) {  // of the warp that rotates least
         if constexpr (in_two())
-          if (!copies_second(a)) copy_page(&scratch.k_more, codebook(layer.k), shared + kPage + K::kMove);
+          if (scratch.in_two && !copies_second(a))
+            copy_page(&scratch.k_more, codebook(layer.k), shared + kPage + K::kMove);
         if constexpr (by_bulk<V>()) copy_page(&scratch.v_table, codebook(layer.v), shared + S::kValueTable);
       }
     }
@@ -123,7 +130,7 @@ struct Block : RowBlock {
   // Keys' second table, by the warps for scores, if possible those without exact tokens.
   __device__ void copy_second() const {
     if constexpr (in_two() && S::kPairs > 4) {
-      if (!copies_second(a)) return;
+      if (!copies_second(a) || !scratch.in_two) return;
       constexpr int kAtOnce = 4, kBytes = kWarp * 16;
       if (warp >= scratch.busy) {
         barrier_wait(&scratch.k_table, 0);
@@ -292,6 +299,7 @@ struct Block : RowBlock {
       scratch.exact = {exact, sinks, ring, oldest, ring > 0 ? oldest - turns * int(layer.R) : 0, first, start};
       scratch.seen = seen;
       scratch.busy = mine < S::kPairs ? mine : 0;
+      scratch.in_two = tiles > a.one_table;
       scratch.origin = asked.origin;
       scratch.frames = slot > last                 ? Frames{0, 0}
                        : layer.inv_freq == nullptr ? Frames{0, 1}
@@ -324,7 +332,15 @@ struct Block : RowBlock {
   }
 
   // The query row of a lane's accumulator: `rr` counts the lane's rows.
-  __device__ int lane_row(int rr) const { return (n >> 2) + 2 * (rr % S::kHalves) + 4 * (rr / S::kHalves); }
+  __device__ int lane_row(int rr) const {
+    return S::kLookedUpA ? c >> 1 : (n >> 2) + 2 * (rr % S::kHalves) + 4 * (rr / S::kHalves);
+  }
+  // Which scores a lane gets: of a batch's first or second half of tokens; and which four tokens of a tile they are,
+  // one of each batch.
+  __device__ int lane_half() const { return (c & 1) ^ (n >> 1 & 1); }
+  __device__ int own() const { return S::kLookedUpA ? 4 * ((n & 3) ^ (2 * lane_half())) + (n >> 1) : lane & 15; }
+  // What lanes of the same rows differ by, in steps 1, 2, 4, 8 of what they do together.
+  static constexpr int across(int step) { return S::kLookedUpA && step == 2 ? 16 : step; }
 
   __device__ bool masked(int r, int slot) const {
     return a.mask != nullptr &&
@@ -379,6 +395,8 @@ struct Block : RowBlock {
   static constexpr Unit kKeyUnit{2 * K::kSteps, kRoom && fits(2 * K::kSteps)};
   static constexpr Unit kValueUnit{4 * V::kSteps, kRoom && S::VD < 8 && fits(4 * V::kSteps)};
   static constexpr int kWords = kKeyUnit.words > kValueUnit.words ? kKeyUnit.words : kValueUnit.words;
+  // Whether it is the address that says that no tile comes, not a predicate: as measured.
+  static constexpr bool kByAddress = S::Rows != 4;
   static constexpr int kKeyTile = kTile * S::D / S::KD, kValueTile = kTile * S::D / S::VD;  // bytes
   using Words = uint32_t[kWords];
 
@@ -607,7 +625,8 @@ struct Block : RowBlock {
 
   // ---- scores ----
 
-  using Query = uint32_t[S::kTiles][S::D / 16][4];
+  // A operands, or with A looked up B operands.
+  using Query = uint32_t[S::kTiles][S::D / 16][S::kLookedUpA ? 2 : 4];
   struct Frame {
     int tokens, now, border;  // tokens of a frame; the one whose query is loaded, and its end
   };
@@ -618,14 +637,9 @@ struct Block : RowBlock {
     return group.first + ((step - group.first) ^ (r & (group.width - 1)));
   }
 
-  // With it operands are registers of their own, which a zero that the compiler knows is not: that would be moved next
-  // to the others before every product.
-  static __device__ __forceinline__ uint32_t unknown_zero() { return blockDim.x ^ S::kThreads; }
-
-  // The lane's part of the A operands, of a frame.
+  // The lane's part of the operands of a frame.
   __device__ __forceinline__ void load_query(int frame, const Prepared& prepared, Query& q) const {
     const int r = n & 3, rh = n >> 2;
-    const uint32_t zero = unknown_zero();
 #pragma unroll
     for (int qt = 0; qt < S::kTiles; qt++) {
       const uint2* from = prepared.at + int64_t(frame - prepared.frame) * prepared.stride +
@@ -638,9 +652,10 @@ struct Block : RowBlock {
           // [step][c][rh][pair of channels][rh, rh + 2] half2
           const uint2 x = from[mine * 8 * (S::KD / 2) + sub];
           const int u = step * (S::KD / 2) + sub;  // pair of depths: operand u / 2, its lower or upper half
-          q[qt][u / 2][u % 2 * 2] = x.x, q[qt][u / 2][u % 2 * 2 + 1] = S::kHalves == 2 ? x.y
-                                                                       : S::KD < 8     ? x.x & zero
-                                                                                       : 0u;
+          if constexpr (S::kLookedUpA)
+            q[qt][u / 2][u % 2] = x.x;
+          else
+            q[qt][u / 2][u % 2 * 2] = x.x, q[qt][u / 2][u % 2 * 2 + 1] = x.y;
         }
       }
     }
@@ -656,53 +671,69 @@ struct Block : RowBlock {
   // Waits for the loads of a query here: else the first instruction of every tile that uses it might wait, and with it
   // for the codes that are on their way.
   static __device__ __forceinline__ void settle(Query& q) {
-    const uint32_t zero = unknown_zero();
+    const uint32_t zero = blockDim.x ^ S::kThreads;  // which the compiler does not know
 #pragma unroll
-    for (int qt = 0; qt < S::kTiles; qt++)
+    for (auto& operands : q)
 #pragma unroll
-      for (int i = 0; i < S::D / 16; i++)
+      for (auto& operand : operands)
 #pragma unroll
-        for (int j = 0; j < 4; j++) q[qt][i][j] ^= zero;
+        for (uint32_t& x : operand) x ^= zero;
   }
 
-  // Adds the products of a query with what `look(step, half, out)` gives for every step of `Batches` x 2 halves.
+  // Adds the products of a query with what `look(step, half, out)` gives for every step of `Batches` x 2 halves. With A
+  // looked up the two halves of a batch are the upper and lower half of A.
+  using Products = float[S::kLookedUpA ? 1 : 2][S::kTiles][4];  // of a batch
   template <int Batches, class Look>
-  static __device__ __forceinline__ void multiply(const Query& q, float (&acc)[Batches][2][S::kTiles][4],
-                                                  const Look& look) {
+  static __device__ __forceinline__ void multiply(const Query& q, Products (&acc)[Batches], const Look& look) {
     constexpr int kOperands = S::D / 16, kPerLookup = S::KD == 8 ? 2 : 1;  // operands that a step's lookup fills
     static_for<kOperands / kPerLookup>([&](auto t_) {
       constexpr int t = decltype(t_)::value;
-      static_for<2 * Batches>([&](auto part_) {
-        constexpr int batch = decltype(part_)::value / 2, half = decltype(part_)::value % 2;
-        uint32_t x[S::KD == 8 ? 4 : 2];
-        if constexpr (S::KD == 2) {
-          uint32_t low[1], high[1];
-          look(std::integral_constant<int, 2 * t>(), std::integral_constant<int, batch>(),
-               std::integral_constant<int, half>(), low);
-          look(std::integral_constant<int, 2 * t + 1>(), std::integral_constant<int, batch>(),
-               std::integral_constant<int, half>(), high);
-          x[0] = low[0], x[1] = high[0];
-        } else {
-          look(t_, std::integral_constant<int, batch>(), std::integral_constant<int, half>(), x);
+      static_for<Batches>([&](auto batch_) {
+        uint32_t x[2][2 * kPerLookup];
+        static_for<2>([&](auto half_) {
+          constexpr int half = decltype(half_)::value;
+          if constexpr (S::KD == 2) {
+            uint32_t low[1], high[1];
+            look(std::integral_constant<int, 2 * t>(), batch_, half_, low);
+            look(std::integral_constant<int, 2 * t + 1>(), batch_, half_, high);
+            x[half][0] = low[0], x[half][1] = high[0];
+          } else {
+            look(t_, batch_, half_, x[half]);
+          }
+          if constexpr (!S::kLookedUpA) {
+#pragma unroll
+            for (int u = 0; u < kPerLookup; u++)
+#pragma unroll
+              for (int qt = 0; qt < S::kTiles; qt++)
+                mma_dense(acc[decltype(batch_)::value][half][qt], q[qt][t * kPerLookup + u], x[half][2 * u],
+                          x[half][2 * u + 1]);
+          }
+        });
+        if constexpr (S::kLookedUpA) {
+#pragma unroll
+          for (int u = 0; u < kPerLookup; u++)
+            mma_dense(acc[decltype(batch_)::value][0][0], {x[0][2 * u], x[1][2 * u], x[0][2 * u + 1], x[1][2 * u + 1]},
+                      q[0][t * kPerLookup + u][0], q[0][t * kPerLookup + u][1]);
         }
-#pragma unroll
-        for (int u = 0; u < kPerLookup; u++)
-#pragma unroll
-          for (int qt = 0; qt < S::kTiles; qt++)
-            mma_dense(acc[batch][half][qt], q[qt][t * kPerLookup + u], x[2 * u], x[2 * u + 1]);
       });
     });
   }
 
   // The one right score of a batch for each of the lane's rows.
-  __device__ __forceinline__ void pick(const float (&acc)[2][S::kTiles][4], float (&s)[S::kLaneRows]) const {
+  __device__ __forceinline__ void pick(const Products& acc, float (&s)[S::kLaneRows]) const {
     const int r = n & 3;
     const bool odd = r & 1, upper = (c & 1) ^ (r >> 1);
 #pragma unroll
     for (int rr = 0; rr < S::kLaneRows; rr++) {
-      const int e = rr % S::kHalves * 2, qt = rr / S::kHalves;
-      const float low = odd ? acc[0][qt][e + 1] : acc[0][qt][e], high = odd ? acc[1][qt][e + 1] : acc[1][qt][e];
-      s[rr] = upper ? high : low;
+      if constexpr (S::kLookedUpA) {
+        const float (&x)[4] = acc[0][0];
+        const float low = odd ? x[1] : x[0], high = odd ? x[3] : x[2];
+        s[rr] = upper ? high : low;
+      } else {
+        const int e = rr % S::kHalves * 2, qt = rr / S::kHalves;
+        const float low = odd ? acc[0][qt][e + 1] : acc[0][qt][e], high = odd ? acc[1][qt][e + 1] : acc[1][qt][e];
+        s[rr] = upper ? high : low;
+      }
     }
   }
 
@@ -730,7 +761,7 @@ struct Block : RowBlock {
 
   // Scores of a tile, the lane's four tokens of each of its rows, to probabilities in the pair's slot.
   __device__ __forceinline__ void publish(float (&s)[S::kLaneRows][4], Softmax& state, const Link& link, int it) const {
-    const int own = lane & 15;
+    const int own = this->own();
     const uint32_t slot = link.slot + (it & 1) * sizeof(Slot), full = link.full + (it & 1) * 8,
                    factor = slot + offsetof(Slot, factor);
     float highest[S::kLaneRows];
@@ -747,7 +778,8 @@ struct Block : RowBlock {
 #pragma unroll
       for (int rr = 0; rr < S::kLaneRows; rr++) {
 #pragma unroll
-        for (int step = 8; step; step /= 2) highest[rr] = fmaxf(highest[rr], __shfl_xor_sync(~0u, highest[rr], step));
+        for (int step = 8; step; step /= 2)
+          highest[rr] = fmaxf(highest[rr], __shfl_xor_sync(~0u, highest[rr], across(step)));
         highest[rr] = fmaxf(highest[rr], state.top[rr]);
         factors[rr] = exp2_fast(state.top[rr] - highest[rr]);
         state.top[rr] = highest[rr], state.sum[rr] *= factors[rr];
@@ -769,7 +801,7 @@ struct Block : RowBlock {
         if constexpr (S::kApart)
           if (own == 0) send(factor + 4 * lane_row(rr), __float_as_uint(factors[rr]), full);
       }
-      const uint32_t to = slot + (qt * kWarp + lane) * sizeof(Four);
+      const uint32_t to = slot + (qt * kWarp + (S::kLookedUpA ? 16 * lane_row(0) + own : lane)) * sizeof(Four);
       if constexpr (S::kApart)
         send(to, four, full);
       else
@@ -790,13 +822,16 @@ struct Block : RowBlock {
 
   // Scores of 16 exact tokens, as token 4 i of a tile that has no others.
   __device__ void exact_scores(int group, const Query& q, float (&s)[S::kLaneRows][4]) const {
-    const Token mine = token(group * kGroup + (lane & 15));
+    const Token mine = token(group * kGroup + own());
     // To the L2 cache: what the other warp of the pair asks for next.
-    if (lane < 16 || S::D > 64) prefetch_l2(mine.v + (lane >> 4) * 128);
+    if (lane_row(0) == 0 || S::D > 64) prefetch_l2(mine.v + lane_row(0) * 128);
     const char* keys[2];
 #pragma unroll
-    for (int half = 0; half < 2; half++)
-      keys[half] = from_lane(mine.k, 4 * (2 * (half ^ (n >> 1 & 1)) + (n & 1)) + (n >> 1)) + c * S::KD * 2;
+    for (int half = 0; half < 2; half++) {
+      const int other = half ^ (n >> 1 & 1);  // of the lane whose token it is
+      keys[half] =
+          from_lane(mine.k, S::kLookedUpA ? 4 * n + other : 4 * (2 * other + (n & 1)) + (n >> 1)) + c * S::KD * 2;
+    }
     uint32_t channels[K::kSteps][2][S::KD / 2];
     static_for<K::kSteps>([&](auto step_) {
       static_for<2>([&](auto half_) {
@@ -807,7 +842,7 @@ struct Block : RowBlock {
       });
     });
     to_half<K::kSteps * S::KD>(&channels[0][0][0], layer.dtype);
-    float acc[1][2][S::kTiles][4] = {};
+    Products acc[1] = {};
     multiply<1>(q, acc, [&](auto step_, auto, auto half_, auto& out) {
 #pragma unroll
       for (int i = 0; i < S::KD / 2; i++) out[i] = channels[decltype(step_)::value][decltype(half_)::value][i];
@@ -835,7 +870,10 @@ struct Block : RowBlock {
   __device__ __forceinline__ void coded_scores(int tile, bool more, const uint8_t* codes, Words& words,
                                                const Places<K>& places, const Prepared& prepared, const Whole& whole,
                                                Frame& frame, Query& q, float (&s)[S::kLaneRows][4]) const {
-    const int slot0 = tile * kTile, slot = slot0 + 4 * (lane & 15);
+    const int slot0 = tile * kTile, slot = slot0 + 4 * own();
+    // What the frames before `from` gave: opaque, so that the compiler makes a copy of the loop's body for tiles of one
+    // frame, which selects nothing.
+    float before[S::kLaneRows][4] = {};
     for (int from = slot0;; from = frame.border) {  // frames of this tile from slot `from` on: nearly always one
       if (from >= frame.border) {
         load_query(++frame.now, prepared, q), frame.border += frame.tokens;
@@ -844,14 +882,15 @@ struct Block : RowBlock {
       }
       const bool last = slot0 + kTile <= frame.border;
       // What is looked up after this: the tile again, for its next frame, or the next tile.
-      const uint8_t* next = !last ? codes : more ? codes + kKeyTile : nullptr;
+      const uint8_t* next = !last ? codes : more || !kByAddress ? codes + kKeyTile : nullptr;
       constexpr int kBatches = 4 / kKeyUnit.per_tile;  // of a unit
 #pragma unroll 1
       for (int unit = 0; unit < kKeyUnit.per_tile; unit++) {
-        const uint8_t* after = unit + 1 < kKeyUnit.per_tile ? codes + kKeyUnit.words * 128 : next;
+        const bool inside = unit + 1 < kKeyUnit.per_tile;
+        const uint8_t* after = inside ? codes + kKeyUnit.words * 128 : next;
         static_for<kBatches / 2>([&](auto both_) {
           constexpr int first = 2 * decltype(both_)::value;
-          float acc[2][2][S::kTiles][4] = {};
+          Products acc[2] = {};
           multiply<2>(q, acc, [&](auto step_, auto batch_, auto half_, auto& out) {
             constexpr int step = decltype(step_)::value, half = decltype(half_)::value,
                           batch = first + decltype(batch_)::value;
@@ -861,7 +900,7 @@ struct Block : RowBlock {
             lookup<kSharedBase + offset / kRow * kPage + offset % kRow>(
                 prmt(words[at / 4], places.at(group.width, x), 0x7604 | at % 4 << 4), out);
           });
-          if (after != nullptr) {
+          if (kByAddress ? after != nullptr : inside || more || !last) {
             constexpr int kChunks = kKeyUnit.words / 4;
 #pragma unroll
             for (int i = first * kChunks / kBatches; i < (first + 2) * kChunks / kBatches; i++) fetch(words, i, after);
@@ -872,18 +911,27 @@ struct Block : RowBlock {
             const float low = s[rr][0], high = s[rr][1];
             s[rr][0] = s[rr][2], s[rr][1] = s[rr][3], s[rr][2] = low, s[rr][3] = high;
           }
-          const int token = slot + (kKeyUnit.per_tile == 2 ? 2 * unit : first);
 #pragma unroll
           for (int batch = 0; batch < 2; batch++) {
             float x[S::kLaneRows];
             pick(acc[batch], x);
 #pragma unroll
-            for (int rr = 0; rr < S::kLaneRows; rr++)
-              s[rr][2 + batch] = token + batch >= from ? x[rr] : s[rr][2 + batch];
+            for (int rr = 0; rr < S::kLaneRows; rr++) s[rr][2 + batch] = x[rr];
           }
         });
       }
-      if (last) break;
+      if (from > slot0) {
+#pragma unroll
+        for (int rr = 0; rr < S::kLaneRows; rr++)
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            if (slot + i < from) s[rr][i] = before[rr][i];
+      }
+      if (__builtin_expect(last, 1)) break;
+#pragma unroll
+      for (int rr = 0; rr < S::kLaneRows; rr++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) before[rr][i] = opaque(s[rr][i]);
     }
     if (uint32_t(tile - whole.begin) < whole.count) return;
     if (slot0 < scratch.seen.begin || slot0 + kTile > scratch.seen.all_end) {
@@ -912,12 +960,17 @@ struct Block : RowBlock {
   // ---- values ----
 
   // Accumulators of a step: for each pair of channels (sub) the first and the second, [0], [1] of lane row rh, [2], [3]
-  // of rh + 2. With two query rows, [0], [1] of the first channel and [2], [3] of the second.
+  // of rh + 2. With two query rows, [0], [1] of the first channel and [2], [3] of the second. With one (`One`) of two
+  // pairs of channels (of two steps, or two of a step): [0], [1] of the first pair, [2], [3] of the second; lanes c < 2
+  // have the first channel, for rotations 2 c and 2 c + 1, the others the second.
   static constexpr int kSubs = S::VD / 2, kParities = S::Rows == 2 ? 1 : 2;
-  using Outputs = float[S::kTiles][V::kSteps][kSubs][kParities][4];
+  template <bool One>
+  using Outputs =
+      std::conditional_t<One, float[V::kSteps * kSubs / 2][4], float[S::kTiles][V::kSteps][kSubs][kParities][4]>;
 
+  template <class Outputs>
   static __device__ void zero(Outputs& o) {
-    float* x = &o[0][0][0][0][0];
+    float* x = reinterpret_cast<float*>(&o);
 #pragma unroll
     for (int i = 0; i < int(sizeof(Outputs) / sizeof(float)); i++) x[i] = 0.f;
   }
@@ -926,12 +979,13 @@ struct Block : RowBlock {
   // that one comes (the first before the probabilities are waited for), `look(step, batch, unit, token, out)` gives the
   // values of a batch in it, and `done(batch, step, unit)` hears that a step needs no more.
   // `last`: how many such calls there are.
-  template <int Units, class Ask, class Look, class Done>
-  __device__ __forceinline__ void accumulate(Outputs& o, const Link& link, int it, int last, const Ask& ask,
+  template <int Units, bool One, class Ask, class Look, class Done>
+  __device__ __forceinline__ void accumulate(Outputs<One>& o, const Link& link, int it, int last, const Ask& ask,
                                              const Look& look, const Done& done) const {
     const int r = n & 3, rh = n >> 2;
     const uint32_t slot = link.slot + (it & 1) * sizeof(Slot), full = link.full + (it & 1) * 8;
-    const uint32_t shares = c == r ? slot + (kTile / 4 * rh + r) * sizeof(Four) : shared_address(scratch.zeros);
+    const uint32_t shares =
+        c == r ? slot + (One ? r : kTile / 4 * rh + r) * sizeof(Four) : shared_address(scratch.zeros);
     if (S::kApart && lane == 0) barrier_expect(full, Slot::kSent);
     ask(0);
     barrier_wait(full, it >> 1 & 1);
@@ -943,18 +997,26 @@ struct Block : RowBlock {
         load_shared(slot + offsetof(Slot, factor) + 4 * row, x);
         return __uint_as_float(x);
       };
+      if constexpr (One) {
+        const float by = factor(0);
 #pragma unroll
-      for (int qt = 0; qt < S::kTiles; qt++) {
-        const float low = factor(4 * qt + rh), high = S::kHalves == 2 ? factor(4 * qt + rh + 2) : low;
+        for (auto& x : o)
 #pragma unroll
-        for (int i = 0; i < V::kSteps; i++)
+          for (int i = 0; i < 4; i++) x[i] *= by;
+      } else {
 #pragma unroll
-          for (int sub = 0; sub < kSubs; sub++)
+        for (int qt = 0; qt < S::kTiles; qt++) {
+          const float low = factor(4 * qt + rh), high = S::kHalves == 2 ? factor(4 * qt + rh + 2) : low;
 #pragma unroll
-            for (int e = 0; e < kParities; e++) {
-              float (&x)[4] = o[qt][i][sub][e];
-              x[0] *= low, x[1] *= low, x[2] *= high, x[3] *= high;
-            }
+          for (int i = 0; i < V::kSteps; i++)
+#pragma unroll
+            for (int sub = 0; sub < kSubs; sub++)
+#pragma unroll
+              for (int e = 0; e < kParities; e++) {
+                float (&x)[4] = o[qt][i][sub][e];
+                x[0] *= low, x[1] *= low, x[2] *= high, x[3] *= high;
+              }
+        }
       }
     }
 #pragma unroll 1
@@ -962,12 +1024,17 @@ struct Block : RowBlock {
       if (unit > 0) ask(unit);
       static_for<4 / Units>([&](auto batch_) {
         constexpr int batch = decltype(batch_)::value;
+        // Operands: of tiles of four rows; of two rows (two of them) and of one, for one channel or the other.
         uint32_t p[S::kTiles][2][4];
 #pragma unroll
         for (int qt = 0; qt < S::kTiles; qt++) {
           Four four;
           load_shared(shares + (qt * (kTile / 2) + 4 * (unit * (4 / Units) + batch)) * sizeof(Four), four);
-          if constexpr (S::Rows == 2) {
+          if constexpr (One) {
+            const int first = rh ? 0x1044 : 0x4410, second = rh ? 0x3244 : 0x4432;
+            p[qt][0][0] = prmt(four.x, 0, first), p[qt][0][1] = prmt(four.x, 0, second);
+            p[qt][0][2] = prmt(four.y, 0, first), p[qt][0][3] = prmt(four.y, 0, second);
+          } else if constexpr (S::Rows == 2) {
             p[qt][0][0] = four.x & 0xffff, p[qt][0][1] = four.x << 16, p[qt][0][2] = four.x >> 16,
             p[qt][0][3] = four.x & 0xffff0000;
             p[qt][1][0] = four.y & 0xffff, p[qt][1][1] = four.y << 16, p[qt][1][2] = four.y >> 16,
@@ -976,26 +1043,45 @@ struct Block : RowBlock {
             p[qt][0][0] = four.x, p[qt][0][1] = four.y, p[qt][0][2] = four.z, p[qt][0][3] = four.w;
           }
         }
-        static_for<V::kSteps>([&](auto step_) {
-          constexpr int step = decltype(step_)::value;
-          uint32_t v[4][kSubs];
-          static_for<4>([&](auto token_) { look(step_, batch_, unit, token_, v[decltype(token_)::value]); });
+        constexpr int kAtOnce = One && kSubs == 1 ? 2 : 1;  // steps
+        static_assert(V::kSteps % kAtOnce == 0);
+        static_for<V::kSteps / kAtOnce>([&](auto steps_) {
+          constexpr int first = decltype(steps_)::value * kAtOnce;
+          uint32_t v[kAtOnce][4][kSubs];
+          static_for<kAtOnce>([&](auto which_) {
+            constexpr int which = decltype(which_)::value;
+            static_for<4>([&](auto token_) {
+              look(std::integral_constant<int, first + which>(), batch_, unit, token_,
+                   v[which][decltype(token_)::value]);
+            });
+            if constexpr (One) done(batch_, std::integral_constant<int, first + which>(), unit);
+          });
+          if constexpr (One) {
+            const auto pair = [&](int token, int i) { return v[i / kSubs][token][i % kSubs]; };
 #pragma unroll
-          for (int sub = 0; sub < kSubs; sub++) {
+            for (int i = 0; i < kAtOnce * kSubs; i += 2)
 #pragma unroll
-            for (int qt = 0; qt < S::kTiles; qt++) {
-              if constexpr (S::Rows == 2) {
-                mma_dense(o[qt][step][sub][0], p[qt][0], v[0][sub], v[1][sub]);
-                mma_dense(o[qt][step][sub][0], p[qt][1], v[2][sub], v[3][sub]);
-              } else {
-                mma_dense(o[qt][step][sub][0], p[qt][0], prmt(v[0][sub], v[1][sub], 0x5410),
-                          prmt(v[2][sub], v[3][sub], 0x5410));
-                mma_dense(o[qt][step][sub][1], p[qt][0], prmt(v[0][sub], v[1][sub], 0x7632),
-                          prmt(v[2][sub], v[3][sub], 0x7632));
+              for (int t = 0; t < 4; t += 2)
+                mma_dense(o[(first * kSubs + i) / 2], {pair(t, i), pair(t, i + 1), pair(t + 1, i), pair(t + 1, i + 1)},
+                          p[0][0][t], p[0][0][t + 1]);
+          } else {
+#pragma unroll
+            for (int sub = 0; sub < kSubs; sub++) {
+#pragma unroll
+              for (int qt = 0; qt < S::kTiles; qt++) {
+                if constexpr (S::Rows == 2) {
+                  mma_dense(o[qt][first][sub][0], p[qt][0], v[0][0][sub], v[0][1][sub]);
+                  mma_dense(o[qt][first][sub][0], p[qt][1], v[0][2][sub], v[0][3][sub]);
+                } else {
+                  mma_dense(o[qt][first][sub][0], p[qt][0], prmt(v[0][0][sub], v[0][1][sub], 0x5410),
+                            prmt(v[0][2][sub], v[0][3][sub], 0x5410));
+                  mma_dense(o[qt][first][sub][1], p[qt][0], prmt(v[0][0][sub], v[0][1][sub], 0x7632),
+                            prmt(v[0][2][sub], v[0][3][sub], 0x7632));
+                }
               }
             }
           }
-          done(batch_, step_, unit);
+          if constexpr (!One) done(batch_, steps_, unit);
         });
       });
     }
@@ -1008,7 +1094,8 @@ struct Block : RowBlock {
     }
   }
 
-  __device__ void exact_values(int group, Outputs& o, const Link& link, int it, int last) const {
+  template <bool One>
+  __device__ void exact_values(int group, Outputs<One>& o, const Link& link, int it, int last) const {
     const Token mine = token(group * kGroup + (lane & 15));
     bool any = false;  // row sees it: what no row sees may be NaN
 #pragma unroll 1       // four copies of it are as many instructions to fetch
@@ -1017,7 +1104,7 @@ struct Block : RowBlock {
     // As many units are asked for at once as registers allow.
     constexpr int kUnits = S::Rows <= 4 ? 1 : 4, kBatches = 4 / kUnits;
     uint32_t values[kBatches][V::kSteps][kSubs];
-    accumulate<kUnits>(
+    accumulate<kUnits, One>(
         o, link, it, last,
         [&](int unit) {
           static_for<kBatches>([&](auto batch_) {
@@ -1048,10 +1135,12 @@ struct Block : RowBlock {
         [](auto, auto, int) {});
   }
 
-  __device__ __forceinline__ void coded_values(Outputs& o, const Link& link, int it, int last, const uint8_t* codes,
-                                               Words& words, const Places<V>& places) const {
-    const uint8_t* next = it + 1 < last ? codes + kValueTile : nullptr;
-    accumulate<kValueUnit.per_tile>(
+  template <bool One>
+  __device__ __forceinline__ void coded_values(Outputs<One>& o, const Link& link, int it, int last,
+                                               const uint8_t* codes, Words& words, const Places<V>& places) const {
+    const bool more = it + 1 < last;
+    const uint8_t* next = more || !kByAddress ? codes + kValueTile : nullptr;
+    accumulate<kValueUnit.per_tile, One>(
         o, link, it, last, [](int) {},
         [&](auto step_, auto batch_, int, auto token_, auto& out) {
           constexpr int step = decltype(step_)::value, batch = decltype(batch_)::value, token = decltype(token_)::value;
@@ -1063,36 +1152,47 @@ struct Block : RowBlock {
         },
         [&](auto batch_, auto step_, int unit) {
           constexpr int word = decltype(batch_)::value * V::kSteps + decltype(step_)::value;
-          const uint8_t* after = unit + 1 < kValueUnit.per_tile ? codes + kValueUnit.words * 128 : next;
-          if (word % 4 == 3 && after != nullptr) fetch(words, word / 4, after);
+          const bool inside = unit + 1 < kValueUnit.per_tile;
+          const uint8_t* after = inside ? codes + kValueUnit.words * 128 : next;
+          if (word % 4 == 3 && (kByAddress ? after != nullptr : inside || more)) fetch(words, word / 4, after);
         });
   }
 
   // Writes a pair's numerators, [4 rotations][Rows][D], pairs of channels in the order `spread`.
-  __device__ void store_values(const Outputs& o, float* to) const {
+  template <bool One>
+  __device__ void store_values(const Outputs<One>& o, float* to) const {
     const int r = n & 3, rh = n >> 2;
-    to += (r * S::Rows + rh) * S::D;
+    if constexpr (!One) to += (r * S::Rows + rh) * S::D;
     static_for<V::kSteps>([&](auto step_) {
       constexpr int step = decltype(step_)::value;
       constexpr Group group = group_of(V::kSteps, step);
-      // Lane r holds subspace x of the group in step x ^ r.
-      const int first = 8 * group.first + group.width * 2 * c + ((step - group.first) ^ (r & (group.width - 1)));
+      // In step x ^ rotation is subspace x of the group.
+      const auto line = [&](int column, int rotation, int sub) {
+        const int x = (step - group.first) ^ (rotation & (group.width - 1));
+        return 2 * spread<S::VD>((8 * group.first + group.width * column + x) * (S::VD / 2) + sub);
+      };
 #pragma unroll
-      for (int qt = 0; qt < S::kTiles; qt++)
+      for (int sub = 0; sub < kSubs; sub++) {
 #pragma unroll
-        for (int sub = 0; sub < kSubs; sub++)
+        for (int j = 0; j < 2; j++) {
+          if constexpr (One) {
+            const int i = step * kSubs + sub, rotation = 2 * (c & 1) + j, channel = c >> 1;
+            to[rotation * S::Rows * S::D + line(n, rotation, sub) + channel] = o[i / 2][i % 2 * 2 + j];
+          } else {
 #pragma unroll
-          for (int j = 0; j < 2; j++) {
-            float2* at = reinterpret_cast<float2*>(to + 4 * qt * S::D +
-                                                   2 * spread<S::VD>((first + j * group.width) * (S::VD / 2) + sub));
-            const auto& x = o[qt][step][sub];
-            if constexpr (S::Rows == 2) {
-              at[0] = {x[0][j], x[0][j + 2]};
-            } else {
-              at[0] = {x[0][j], x[1][j]};
-              at[S::D] = {x[0][j + 2], x[1][j + 2]};  // row rh + 2: 2 D floats on
+            for (int qt = 0; qt < S::kTiles; qt++) {
+              float2* at = reinterpret_cast<float2*>(to + 4 * qt * S::D + line(2 * c + j, r, sub));
+              const auto& x = o[qt][step][sub];
+              if constexpr (S::Rows == 2) {
+                at[0] = {x[0][j], x[0][j + 2]};
+              } else {
+                at[0] = {x[0][j], x[1][j]};
+                at[S::D] = {x[0][j + 2], x[1][j + 2]};  // row rh + 2: 2 D floats on
+              }
             }
           }
+        }
+      }
     });
   }
 
@@ -1217,8 +1317,14 @@ struct Block : RowBlock {
           }
           // Even if there are no codes: the table must be there before it is overwritten.
           barrier_wait(&scratch.k_table, 0);
-          if constexpr (in_two()) barrier_wait(&scratch.k_more, 0);
-          places = Places<K>(n, c, shared_address(shared) - kSharedBase);
+          int column = n;
+          if constexpr (in_two()) {
+            if (scratch.in_two)
+              barrier_wait(&scratch.k_more, 0);
+            else
+              column = K::in_first(n);
+          }
+          places = Places<K>(column, c, shared_address(shared) - kSharedBase);
           barrier_wait(&scratch.queries, 0);
           if (next == end) break;
           load_query(frame.now, prepared, q);
@@ -1231,8 +1337,8 @@ struct Block : RowBlock {
 #pragma unroll
     for (int rr = 0; rr < S::kLaneRows; rr++) {
 #pragma unroll
-      for (int step = 8; step; step /= 2) state.sum[rr] += __shfl_xor_sync(~0u, state.sum[rr], step);
-      if ((lane & 15) != 0) continue;
+      for (int step = 8; step; step /= 2) state.sum[rr] += __shfl_xor_sync(~0u, state.sum[rr], across(step));
+      if (own() != 0) continue;
       float2& to = scratch.ends[pair][lane_row(rr)];
       if constexpr (S::kApart)
         send(in_block(&to, 1), uint2{__float_as_uint(state.top[rr]), __float_as_uint(state.sum[rr])},
@@ -1242,14 +1348,30 @@ struct Block : RowBlock {
     }
   }
 
-  __device__ void weigh(int pair, Outputs& o) const {
+  // The numerators of a pair, which lie over the tables: `free` waits until nobody needs those.
+  template <class Free>
+  __device__ void values(int pair, float* numerators, const Free& free) const {
+    const auto run = [&](auto one) {
+      Outputs<one()> o;
+      weigh<one()>(pair, o);
+      free();
+      store_values<one()>(o, numerators + pair * kPart);
+    };
+    if constexpr (S::kLookedUpA) {
+      if (rows == 1) return run(std::true_type());
+    }
+    run(std::false_type());
+  }
+
+  template <bool One>
+  __device__ void weigh(int pair, Outputs<One>& o) const {
     zero(o);
     const Run tiles = run(pair);
     const Link link = this->link(pair);
     const int own = first_group(pair), step = group_step();
     const int last = (max(groups() - own, 0) + step - 1) / step + max(tiles.end - tiles.begin, 0);
     int it = 0;
-    for (int group = own; group < groups(); group += step, it++) exact_values(group, o, link, it, last);
+    for (int group = own; group < groups(); group += step, it++) exact_values<One>(group, o, link, it, last);
     barrier_wait(&scratch.v_table, 0);
     if (tiles.begin < tiles.end) {
       const uint8_t* at = value_codes(tiles);
@@ -1257,7 +1379,7 @@ struct Block : RowBlock {
 #pragma unroll
       for (int i = 0; i < kValueUnit.words / 4; i++) fetch(words, i, at);
       const Places<V> places(n, c, shared_address(shared) - kSharedBase);
-      for (; it < last; it++, at += kValueTile) coded_values(o, link, it, last, at, words, places);
+      for (; it < last; it++, at += kValueTile) coded_values<One>(o, link, it, last, at, words, places);
     }
   }
 };
@@ -1318,12 +1440,12 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
     block.prepare(frames, block.prepared(frames), inverse);
     barrier_arrive(&block.scratch.queries);
     if (a.clusters) cluster_arrive();
-    typename Block<S>::Outputs o;
-    block.weigh(pair, o);
-    barrier_wait(&block.scratch.k_table, 0);  // which the numerators overwrite
-    if constexpr (Block<S>::in_two()) barrier_wait(&block.scratch.k_more, 0);
-    __syncthreads();
-    block.store_values(o, numerators + pair * Block<S>::kPart);
+    block.values(pair, numerators, [&] {
+      barrier_wait(&block.scratch.k_table, 0);
+      if constexpr (Block<S>::in_two())
+        if (block.scratch.in_two) barrier_wait(&block.scratch.k_more, 0);
+      __syncthreads();
+    });
   }
   if (a.clusters) cluster_wait();
   __syncthreads();
@@ -1381,11 +1503,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __gr
     block.describe_places();
     __syncthreads();
     cluster_wait();
-    typename Block<S>::Outputs o;
-    block.weigh(pair, o);
-    __syncthreads();  // the table is no longer needed
     float* numerators = reinterpret_cast<float*>(shared);
-    block.store_values(o, numerators + pair * Block<S>::kPart);
+    block.values(pair, numerators, [] { __syncthreads(); });
     barrier_wait(&scratch.parts, 0);
     __syncthreads();
     block.finish(numerators);
@@ -1455,6 +1574,7 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
     a.sure = int(std::min<int64_t>(a.splits, std::max<int64_t>(kAlways, groups)));
     if (a.sure < a.splits) a.few = kFewTiles * a.sure, a.gather = ((a.splits << 16) + a.sure - 1) / a.sure;
   }
+  a.one_table = one_table();
   a.by_splits = reciprocal(a.splits), a.by_ring = reciprocal(layer.R);
   a.by_frame = reciprocal(std::min(layer.frame_tokens, int64_t(kMaxSlot)));
   config.numAttrs = a.clusters || S::kApart ? 1 : 0;

@@ -23,9 +23,12 @@ const Instance* instances_narrow();
 // Merges what the splits of a launch have left in `partials`.
 cudaError_t merge(const Attention&, cudaStream_t);
 
-// The fastest for blocks of `shared` bytes and `tokens` tokens each, else the one that needs least; null if there is
-// none.
+// The fastest for blocks of `shared` bytes with room for `tokens` tokens each, else the one that needs least; null if
+// there is none.
 const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim, int shared, int64_t tokens);
+
+// Up to so many tiles in a block, which has room for more, one table of keys is better than two copies.
+int one_table();
 
 }  // namespace mma
 }  // namespace million

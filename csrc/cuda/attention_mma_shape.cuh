@@ -29,7 +29,10 @@ constexpr float kLowest = -1e30f;  // below any score, and finite
 template <int D_, int KD_, int VD_, int Rows_, bool Narrow = false>
 struct Shape {
   static constexpr int D = D_, KD = KD_, VD = VD_;
-  static constexpr int Rows = Rows_;                 // query rows of a block: 2, 4 or 8
+  static constexpr int Rows = Rows_;  // query rows of a block: 2, 4 or 8
+  // A operands are 16 query rows x rotations, B operands what is looked up; of two query rows, which with four
+  // rotations are no more than the columns of B, it is the other way round: half the products.
+  static constexpr bool kLookedUpA = Rows == 2;
   static constexpr int kTiles = Rows > 4 ? 2 : 1;    // A operands of 4 query rows
   static constexpr int kHalves = Rows == 2 ? 1 : 2;  // query rows of a lane in a tile: rh, and rh + 2
   static constexpr int kLaneRows = kTiles * kHalves;
@@ -107,6 +110,7 @@ struct Scratch {
   const uint8_t* codes[2];    // of the row's KV head: keys', values'
   int bounds[S::kPairs + 1];  // of the pairs' tiles
   int busy;                   // pairs that have exact tokens, from the first on; 0 if all have
+  bool in_two;                // keys' table is brought twice
   Frames frames;
   int origin;
   uint32_t arguments;               // where `begin` leaves what it has read, for no other use

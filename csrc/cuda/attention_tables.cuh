@@ -51,6 +51,9 @@ struct KeyTable {
     return (n / width % replicas(width)) * run(width) + (x ^ (n & (width - 1))) * 8 * d + c * 2 * d;
   }
 
+  // A column whose place is the same entry's in the first copy.
+  static __device__ int in_first(int n) { return n & 3; }
+
   // Byte of the codebook's row that belongs at byte `at` of a table row.
   static __device__ int source(int at) {
     int from = 0;

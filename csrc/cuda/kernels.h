@@ -36,6 +36,7 @@ struct Attention {
   int sure;         // splits that may have something to do however short the text is: exact tokens, a cluster's part
   int few;          // up to so many tiles of codes are theirs alone:
   uint32_t gather;  // 2^16 splits / sure
+  int one_table;    // up to so many tiles a block looks keys up in one table, not in two copies of it
   uint32_t by_splits, by_ring, by_frame;  // `reciprocal` of splits, recent tokens, tokens of a frame
 };
 

@@ -60,6 +60,11 @@ __device__ __forceinline__ uint32_t opaque(uint32_t x) {
   return x;
 }
 
+__device__ __forceinline__ float opaque(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+
 __device__ __forceinline__ uint4 load_codes(const uint8_t* at) {
   uint4 r;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"

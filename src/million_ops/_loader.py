@@ -5,7 +5,7 @@ imported by the first call. Environment (another value is a ValueError here, so 
 
 * ``MILLION_GPU=triton``: leave the compiled CUDA kernels out, so that Triton's run.
 * ``MILLION_GPU_SHARED=163``: take the compiled CUDA kernels that so many KiB of shared memory a block allow (`dispatch`, csrc/cuda/bind.cpp).
-* ``MILLION_GPU_TABLES=wide`` or ``narrow``: of keys, where the tensor core kernel has both, whatever the GPU and the length (csrc/cuda/attention_mma.cu).
+* ``MILLION_GPU_TABLES=wide``, ``single`` (wide, but keys' once) or ``narrow``: where the tensor core kernel has them, whatever the GPU and the length (csrc/cuda/attention_mma.cu).
 * ``MILLION_CPU_ISA=reference``: leave the compiled CPU kernels out; ``baseline``, ``avx2``, ``avx512``: at most that instruction set.
 """
 
@@ -35,7 +35,7 @@ _NAMES = {"baseline": "baseline", "avx2": "AVX2", "avx512": "AVX-512"}
 _SETTINGS = {
     "MILLION_GPU": r"triton",
     "MILLION_GPU_SHARED": r"[1-9]\d*",
-    "MILLION_GPU_TABLES": r"wide|narrow",
+    "MILLION_GPU_TABLES": r"wide|single|narrow",
     "MILLION_CPU_ISA": r"reference|baseline|avx2|avx512",
 }
 
