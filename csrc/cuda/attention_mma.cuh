@@ -22,8 +22,8 @@
 // the products: two rows x four rotations are the columns of B, row n of A is token n of the first half, row n + 8 of
 // the second. Values need no transposition: depths are pairs (channel 0, channel 1) of one token, as a lookup comes.
 // With two query rows, those of A that are free hold (0, p) for the second channel beside (p, 0) for the first. With
-// one
-// (`One`) both are columns of B, in four rotations, and row n of A is subspace n of one step, row n + 8 of the next.
+// one row (`One`) both are columns of B, in four rotations, and row n of A is subspace n of one step, row n + 8 of the
+// next.
 //
 // Steps rotate in groups of w = 4, then 2, then 1 (`rotation_width`); where w leaves lanes on the same banks, a table
 // holds its entries several times (replicas).
@@ -1351,16 +1351,16 @@ struct Block : RowBlock {
   // The numerators of a pair, which lie over the tables: `free` waits until nobody needs those.
   template <class Free>
   __device__ void values(int pair, float* numerators, const Free& free) const {
-    const auto run = [&](auto one) {
+    const auto weigh_and_store = [&](auto one) {
       Outputs<one()> o;
       weigh<one()>(pair, o);
       free();
       store_values<one()>(o, numerators + pair * kPart);
     };
     if constexpr (S::kLookedUpA) {
-      if (rows == 1) return run(std::true_type());
+      if (rows == 1) return weigh_and_store(std::true_type());
     }
-    run(std::false_type());
+    weigh_and_store(std::false_type());
   }
 
   template <bool One>

@@ -230,7 +230,7 @@ def test_layouts_by_shared_memory(monkeypatch, kib, head_dims):
 )
 def test_other_gpus(device, setting):
     """Narrow tables, and the general kernel, as a GPU with less shared memory takes them; wide ones, which long caches on one with
-    faster memory get."""
+    faster memory get, and of those keys' table once, which a short text in such a cache gets."""
     if device != "cuda":
         pytest.skip("of GPUs")
     names = (
