@@ -59,7 +59,8 @@ struct RowBlock {
         row0(row0),
         rows(min(rows, a.rows - row0)) {}
 
-  __device__ Clock ask_clock() const {
+  __device__ Clock ask_clock() const { return ask_clock(b); }
+  __device__ Clock ask_clock(int b) const {
     Clock asked;  // `volatile`: asked for here, not where it is used
     asm volatile("ld.global.b64 %0, [%1];" : "=l"(asked.now) : "l"(layer.clock));
     asm volatile("ld.global.b64 %0, [%1];" : "=l"(asked.oldest) : "l"(layer.clock + 2));

@@ -75,6 +75,8 @@ struct Block : RowBlock {
   Scratch<S>& scratch;
   int lane, warp, n, c;
 
+  // Of two rows of the batch, b and the next, `rows` counts the query rows of both, one of each; of the last there may
+  // be no next.
   __device__ Block(const Attention& a, char* shared)
       : RowBlock(a, blockIdx.y, blockIdx.z * S::Rows, S::Rows),
         shared(shared),
@@ -82,7 +84,17 @@ struct Block : RowBlock {
         lane(S::kHoldsLane ? opaque(threadIdx.x % kWarp) : threadIdx.x % kWarp),
         warp(threadIdx.x / kWarp),
         n(lane >> 2),
-        c(lane & 3) {}
+        c(lane & 3) {
+    if (kTogether) b *= 2, rows = min(2, int(layer.B) - b);
+  }
+
+  // The row of the batch of a query row, and of the tokens that a warp reads, counted from the block's first.
+  static constexpr bool kTogether = S::kBatch > 1;
+  static __device__ int batch_row(int r) { return kTogether ? r : 0; }
+  __device__ int which() const {
+    return kTogether && rows > 1 ? warp % S::kPairs >= scratch.tokens[S::kBatch - 1].first_pair : 0;
+  }
+  __device__ const Tokens& tokens() const { return scratch.tokens[which()]; }
 
   // Which of the parts of a row's tokens the block has; of two blocks with one split the first has the scores.
   static __device__ int split() { return int(blockIdx.x) / S::kBlocks; }
@@ -234,11 +246,15 @@ struct Block : RowBlock {
   __device__ Known ask_known() const {
     Known asked = {};
     if (describes() || describes_rows()) {
-      asked.clock = ask_clock();
-      if (layer.inv_freq != nullptr) asked.origin = __ldcg(layer.origin + b);
+      const int row = b + batch_row(min(describes() ? described() : lane, rows - 1));
+      asked.clock = ask_clock(row);
+      if (layer.inv_freq != nullptr) asked.origin = __ldcg(layer.origin + row);
     }
     return asked;
   }
+  // Which row of the batch a lane describes: of two each has half the lanes.
+  static constexpr int kDescribing = kWarp / S::kBatch;
+  __device__ int described() const { return lane / kDescribing; }
 
   // Tiles that are read from codes: so many from tile `first` on.
   struct Tiles {
@@ -279,31 +295,61 @@ struct Block : RowBlock {
     const int begin = tiles_before(split, all.count), end = tiles_before(split + 1, all.count);
     const int mine = divide(max(groups - split + a.splits - 1, 0), a.splits, a.by_splits);
     const int turns = divide(oldest, int(layer.R), a.by_ring);
+    const int tiles = end - begin;
+    // The row's pairs: of two rows of the batch each has as many as it has work, one at least.
+    int first_pair = 0, pairs = S::kPairs, most_tiles = tiles;
+    if (kTogether && rows > 1) {
+      const auto of_other = [](int x) { return __shfl_xor_sync(~0u, x, kDescribing); };
+      const int work = tiles + kGroupTiles * mine, all_work = work + of_other(work);
+      const int part = __float2int_rn(__fdividef(float(S::kPairs * work), float(max(all_work, 1))));
+      const int of_first = min(max(described() == 0 ? part : S::kPairs - part, 1), S::kPairs - 1);
+      pairs = __shfl_sync(~0u, of_first, 0), first_pair = 0;
+      if (described() > 0) first_pair = pairs, pairs = S::kPairs - pairs;
+      most_tiles += of_other(tiles);
+    }
     // Pairs with exact tokens get fewer tiles: the first `more` pairs have a group more than the others.
-    const int tiles = end - begin, more = mine % S::kPairs, rest = S::kPairs - more;
-    const int few = max((tiles + kGroupTiles * mine) / S::kPairs - kGroupTiles * (mine / S::kPairs + 1), 0);
+    const uint32_t by_pairs = __float2uint_ru(__fdividef(4294967296.f, float(pairs)));
+    const auto a_pair = [&](int x) { return S::kBatch == 1 ? x / S::kPairs : divide(x, pairs, by_pairs); };
+    const int each = a_pair(mine), more = mine - each * pairs, rest = pairs - more;
+    const int few = max(a_pair(tiles + kGroupTiles * mine) - kGroupTiles * (each + 1), 0);
     const int slot = (all.first + begin) * kTile, last = (all.first + end) * kTile - 1;
-    const int tokens = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
-    const int first_frame = divide(slot, tokens, a.by_frame), last_frame = divide(max(last, 0), tokens, a.by_frame);
-    if (lane <= S::kPairs) {
-      // Of what the first pairs leave, lane - more parts of `rest`. The reciprocal is a float's, and a little too
+    const int frame = int(min(layer.frame_tokens, int64_t(kMaxSlot)));
+    const int first_frame = divide(slot, frame, a.by_frame), last_frame = divide(max(last, 0), frame, a.by_frame);
+    const int describer = lane % kDescribing;
+    if (describer <= pairs) {
+      // Of what the first pairs leave, describer - more parts of `rest`. The reciprocal is a float's, and a little too
       // large: the quotient is exact up to a million tiles, and then as good.
-      const int left = tiles - more * few, part = lane - more;
+      const int left = tiles - more * few, part = describer - more;
       const uint32_t by = __float2uint_rz(__fdividef(4294967296.f, float(rest))) + 512;
-      scratch.bounds[lane] = all.first + begin + min(lane, more) * few +
-                             (part >= rest ? left
-                              : part > 0   ? int(__umulhi(left * part, by))
-                                           : 0);
+      const int bound = all.first + begin + min(describer, more) * few +
+                        (part >= rest ? left
+                         : part > 0   ? int(__umulhi(left * part, by))
+                                      : 0);
+      if (describer < pairs) scratch.runs[first_pair + describer].begin = bound;
+      if (describer > 0) scratch.runs[first_pair + describer - 1].end = bound;
+    }
+    Frames frames = slot > last                 ? Frames{0, 0}
+                    : layer.inv_freq == nullptr ? Frames{0, 1}
+                                                : Frames{first_frame, min(last_frame + 1, a.frames)};
+    if constexpr (kTogether) {  // those of both rows
+      const Frames other = {__shfl_xor_sync(~0u, frames.begin, kDescribing),
+                            __shfl_xor_sync(~0u, frames.end, kDescribing)};
+      if (frames.begin == frames.end)
+        frames = other;
+      else if (other.begin < other.end)
+        frames = {min(frames.begin, other.begin), max(frames.end, other.end)};
+    }
+    if (describer == 0) {  // of one row of the batch, all lanes describe it
+      Tokens& to = scratch.tokens[described()];
+      to.exact = {exact, sinks, ring, oldest, ring > 0 ? oldest - turns * int(layer.R) : 0, first, start};
+      to.seen = seen;
+      to.origin = asked.origin;
+      to.first_pair = first_pair, to.pairs = pairs;
     }
     if (lane == 0) {
-      scratch.exact = {exact, sinks, ring, oldest, ring > 0 ? oldest - turns * int(layer.R) : 0, first, start};
-      scratch.seen = seen;
-      scratch.busy = mine < S::kPairs ? mine : 0;
-      scratch.in_two = tiles > a.one_table;
-      scratch.origin = asked.origin;
-      scratch.frames = slot > last                 ? Frames{0, 0}
-                       : layer.inv_freq == nullptr ? Frames{0, 1}
-                                                   : Frames{first_frame, min(last_frame + 1, a.frames)};
+      scratch.busy = pairs == S::kPairs && mine < S::kPairs ? mine : 0;
+      scratch.in_two = most_tiles > a.one_table;
+      scratch.frames = frames;
     }
   }
 
@@ -312,29 +358,36 @@ struct Block : RowBlock {
     if (!describes_rows() || lane >= S::Rows) return;
     know(asked.clock);
     const int row = min(lane, rows - 1), at = query(row), own = query_head(row), heads = int(layer.H) * a.G;
-    scratch.rows[lane] = {position(row), coded_end(row), at, ((int64_t(b) * layer.n + at) * heads + own) * S::D,
-                          (int64_t(b) * heads + own) * layer.n + at};
+    const int64_t b = this->b + batch_row(row);
+    scratch.rows[lane] = {position(row), coded_end(row), at, ((b * layer.n + at) * heads + own) * S::D,
+                          (b * heads + own) * layer.n + at};
   }
 
   // What needs no clock, by two of the warps for values: where exact tokens and codes are.
   __device__ void describe_places() const {
     constexpr int kToken = S::D * 2;  // bytes
-    if (warp == S::kValueWarp + 1 && lane == 0) {
-      const int64_t sink0 = head() * layer.N * kToken, ring0 = head() * layer.R * kToken;
-      scratch.places[0] = {layer.k_sinks + sink0, layer.v_sinks + sink0, kToken, kToken};
-      scratch.places[1] = {layer.k_ring + ring0, layer.v_ring + ring0, kToken, kToken};
-      scratch.places[2] = {layer.k_new.at(b, h, 0), layer.v_new.at(b, h, 0), layer.k_new.token, layer.v_new.token};
+    if (lane >= S::kBatch) return;
+    Tokens& to = scratch.tokens[lane];
+    const int b = this->b + batch_row(min(lane, rows - 1));
+    const int64_t head = int64_t(b) * layer.H + h;
+    if (warp == S::kValueWarp + 1) {
+      const int64_t sink0 = head * layer.N * kToken, ring0 = head * layer.R * kToken;
+      to.places[0] = {layer.k_sinks + sink0, layer.v_sinks + sink0, kToken, kToken};
+      to.places[1] = {layer.k_ring + ring0, layer.v_ring + ring0, kToken, kToken};
+      to.places[2] = {layer.k_new.at(b, h, 0), layer.v_new.at(b, h, 0), layer.k_new.token, layer.v_new.token};
     }
-    if (warp == S::kValueWarp + 3 && lane == 0) {
-      scratch.codes[0] = layer.k.codes + head() * layer.k.slots * (S::D / S::KD);
-      scratch.codes[1] = layer.v.codes + head() * layer.v.slots * (S::D / S::VD);
+    if (warp == S::kValueWarp + 3) {
+      to.codes[0] = layer.k.codes + head * layer.k.slots * (S::D / S::KD);
+      to.codes[1] = layer.v.codes + head * layer.v.slots * (S::D / S::VD);
     }
   }
 
-  // The query row of a lane's accumulator: `rr` counts the lane's rows.
-  __device__ int lane_row(int rr) const {
+  // The row of a lane's accumulator: `rr` counts the lane's rows. It is the query row, but of a pair of warps that reads
+  // tokens of the batch's second row: there the two are swapped, so that the one that counts is the first everywhere.
+  __device__ int column_row(int rr) const {
     return S::kLookedUpA ? c >> 1 : (n >> 2) + 2 * (rr % S::kHalves) + 4 * (rr / S::kHalves);
   }
+  __device__ int lane_row(int rr) const { return column_row(rr) ^ which(); }
   // Which scores a lane gets: of a batch's first or second half of tokens; and which four tokens of a tile they are,
   // one of each batch.
   __device__ int lane_half() const { return (c & 1) ^ (n >> 1 & 1); }
@@ -343,23 +396,21 @@ struct Block : RowBlock {
   static constexpr int across(int step) { return S::kLookedUpA && step == 2 ? 16 : step; }
 
   __device__ bool masked(int r, int slot) const {
-    return a.mask != nullptr &&
-           (slot >= a.mask_slots || !a.mask[(int64_t(b) * layer.n + scratch.rows[r].query) * a.mask_slots + slot]);
+    if (a.mask == nullptr) return false;
+    const int64_t row = int64_t(b + batch_row(min(r, rows - 1))) * layer.n + scratch.rows[r].query;
+    return slot >= a.mask_slots || !a.mask[row * a.mask_slots + slot];
   }
 
   // ---- what a pair of warps works on ----
 
   // Its tiles of codes.
-  struct Run {
-    int begin, end;
-  };
-  __device__ Run run(int pair) const { return {scratch.bounds[pair], scratch.bounds[pair + 1]}; }
+  __device__ Run run(int pair) const { return scratch.runs[pair]; }
 
   // Before them its exact tokens, 16 at a time: groups `first_group`, `first_group + group_step`, ...
   static constexpr int kGroup = 16, kGroupTiles = 2;  // what a group costs, in tiles
-  __device__ int first_group(int pair) const { return pair * a.splits + split(); }
-  __device__ int group_step() const { return a.splits * S::kPairs; }
-  __device__ int groups() const { return (scratch.exact.tokens + kGroup - 1) / kGroup; }
+  __device__ int first_group(int pair) const { return (pair - tokens().first_pair) * a.splits + split(); }
+  __device__ int group_step() const { return a.splits * (S::kBatch == 1 ? S::kPairs : tokens().pairs); }
+  __device__ int groups() const { return (tokens().exact.tokens + kGroup - 1) / kGroup; }
 
   // An exact token; slot -1 for none, with the address of one that is there.
   struct Token {
@@ -368,7 +419,8 @@ struct Block : RowBlock {
     const char *k, *v;
   };
   __device__ Token token(int i) const {
-    const Exact& e = scratch.exact;
+    const Tokens& tokens = this->tokens();
+    const Exact& e = tokens.exact;
     const int after_ring = e.sinks + e.ring, r = i - e.sinks;
     const int kind = i >= e.tokens ? 2 : i < e.sinks ? 0 : i < after_ring ? 1 : 2;
     const int place = kind == 0 ? i : kind == 1 ? e.ring_slot + r : i - after_ring;
@@ -377,7 +429,7 @@ struct Block : RowBlock {
     const bool none = i >= e.tokens || slot < max(e.start, 0) || (kind == 0 && slot >= e.first) ||
                       (kind == 1 && slot < e.start + e.sinks);
     const int at = i >= e.tokens ? 0 : kind == 1 && place >= int(layer.R) ? place - int(layer.R) : place;
-    const ExactPlace& where = scratch.places[kind];
+    const ExactPlace& where = tokens.places[kind];
     return {none ? -1 : slot, kind == 1, where.k + at * where.k_stride, where.v + at * where.v_stride};
   }
   // The ring's oldest slot holds for every row; how far the ring reaches back depends on the row.
@@ -402,10 +454,10 @@ struct Block : RowBlock {
 
   // Codes: the lane's of the run's first tile.
   __device__ const uint8_t* key_codes(const Run& tiles) const {
-    return scratch.codes[0] + int64_t(tiles.begin) * kKeyTile + lane * 16;
+    return tokens().codes[0] + int64_t(tiles.begin) * kKeyTile + lane * 16;
   }
   __device__ const uint8_t* value_codes(const Run& tiles) const {
-    return scratch.codes[1] + int64_t(tiles.begin) * kValueTile + lane * 16;
+    return tokens().codes[1] + int64_t(tiles.begin) * kValueTile + lane * 16;
   }
 
   static __device__ __forceinline__ void fetch(Words& words, int chunk, const uint8_t* unit) {
@@ -477,7 +529,8 @@ struct Block : RowBlock {
   using Asked = uint32_t[kQueryWords];
   __device__ int first_row() const { return (2 * S::kPairs - 2 - warp) % S::kPairs; }
   __device__ const uint32_t* query_words(int r) const {
-    return reinterpret_cast<const uint32_t*>(query_row(min(r, rows - 1)));
+    const int row = min(r, rows - 1);
+    return reinterpret_cast<const uint32_t*>(a.q.at(b + batch_row(row), query_head(row), query(row)));
   }
   __device__ void ask_query(int r, const uint32_t* from, Asked& to) const {
 #pragma unroll
@@ -527,10 +580,12 @@ struct Block : RowBlock {
   // R(-t_f) q for the rows of a product, kFrames frames x the block's query rows, in fp16: a model's own rotation
   // rounds no less. Of `Count` rows of a frame a pair of channels; `i` counts pairs of channels, then so many rows.
   struct Rotation {
-    int half, tokens;  // pairs that rotate; tokens of a frame
+    int half, tokens;    // pairs that rotate; tokens of a frame
+    int origin, second;  // of the (first) row of the batch, of the other
   };
   __device__ Rotation rotation() const {
-    return {layer.inv_freq ? int(layer.half) : 0, int(min(layer.frame_tokens, int64_t(kMaxSlot)))};
+    return {layer.inv_freq ? int(layer.half) : 0, int(min(layer.frame_tokens, int64_t(kMaxSlot))),
+            scratch.tokens[0].origin, scratch.tokens[S::kBatch - 1].origin};
   }
   template <int Count>
   __device__ __forceinline__ void rotate(const Rotation& by, int frame0, uint32_t i, __half (&to)[16][S::D + 8]) const {
@@ -538,11 +593,15 @@ struct Block : RowBlock {
     const bool apart = int(pair) < by.half && !layer.interleaved;
     const uint32_t first = apart ? pair : 2 * pair, second = apart ? pair + by.half : 2 * pair + 1;
     __half *const at = &to[row][depth_of(first)], *const at2 = &to[row][depth_of(second)];
-    const int position = (frame0 + int(row / S::Rows)) * by.tokens + scratch.origin;
-    float2 turn = turn_of(-static_cast<float>(position) * scratch.frequencies[pair]);
-    turn = int(pair) < by.half ? turn : float2{1.f, 0.f};
+    const auto turn_from = [&](int origin) {
+      const int position = (frame0 + int(row / S::Rows)) * by.tokens + origin;
+      const float2 turn = turn_of(-static_cast<float>(position) * scratch.frequencies[pair]);
+      return int(pair) < by.half ? turn : float2{1.f, 0.f};
+    };
+    float2 turn = turn_from(by.origin);
 #pragma unroll
     for (int k = 0; k < Count; k++) {
+      if (S::kBatch > 1 && k == 1 && by.second != by.origin) turn = turn_from(by.second);
       const float x = scratch.query[row % S::Rows + k][first], y = scratch.query[row % S::Rows + k][second];
       at[k * (S::D + 8)] = __float2half_rn(x * turn.x - y * turn.y);
       at2[k * (S::D + 8)] = __float2half_rn(y * turn.x + x * turn.y);
@@ -639,7 +698,7 @@ struct Block : RowBlock {
 
   // The lane's part of the operands of a frame.
   __device__ __forceinline__ void load_query(int frame, const Prepared& prepared, Query& q) const {
-    const int r = n & 3, rh = n >> 2;
+    const int r = n & 3, rh = n >> 2 ^ which();
 #pragma unroll
     for (int qt = 0; qt < S::kTiles; qt++) {
       const uint2* from = prepared.at + int64_t(frame - prepared.frame) * prepared.stride +
@@ -783,7 +842,7 @@ struct Block : RowBlock {
         highest[rr] = fmaxf(highest[rr], state.top[rr]);
         factors[rr] = exp2_fast(state.top[rr] - highest[rr]);
         state.top[rr] = highest[rr], state.sum[rr] *= factors[rr];
-        if (!S::kApart && own == 0) store_shared(factor + 4 * lane_row(rr), __float_as_uint(factors[rr]));
+        if (!S::kApart && own == 0) store_shared(factor + 4 * column_row(rr), __float_as_uint(factors[rr]));
       }
     }
 #pragma unroll
@@ -799,9 +858,9 @@ struct Block : RowBlock {
         uint32_t* const to = reinterpret_cast<uint32_t*>(&four) + half;
         to[0] = half2_bits(p[0], p[1]), to[S::kHalves] = half2_bits(p[2], p[3]);
         if constexpr (S::kApart)
-          if (own == 0) send(factor + 4 * lane_row(rr), __float_as_uint(factors[rr]), full);
+          if (own == 0) send(factor + 4 * column_row(rr), __float_as_uint(factors[rr]), full);
       }
-      const uint32_t to = slot + (qt * kWarp + (S::kLookedUpA ? 16 * lane_row(0) + own : lane)) * sizeof(Four);
+      const uint32_t to = slot + (qt * kWarp + (S::kLookedUpA ? 16 * column_row(0) + own : lane)) * sizeof(Four);
       if constexpr (S::kApart)
         send(to, four, full);
       else
@@ -824,7 +883,7 @@ struct Block : RowBlock {
   __device__ void exact_scores(int group, const Query& q, float (&s)[S::kLaneRows][4]) const {
     const Token mine = token(group * kGroup + own());
     // To the L2 cache: what the other warp of the pair asks for next.
-    if (lane_row(0) == 0 || S::D > 64) prefetch_l2(mine.v + lane_row(0) * 128);
+    if (column_row(0) == 0 || S::D > 64) prefetch_l2(mine.v + column_row(0) * 128);
     const char* keys[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -862,8 +921,9 @@ struct Block : RowBlock {
     uint32_t count;
   };
   __device__ Whole whole() const {
-    const int begin = (max(scratch.seen.begin, 0) + kTile - 1) / kTile;
-    return {begin, a.mask == nullptr ? uint32_t(max(scratch.seen.all_end / kTile - begin, 0)) : 0};
+    const Range& seen = tokens().seen;
+    const int begin = (max(seen.begin, 0) + kTile - 1) / kTile;
+    return {begin, a.mask == nullptr ? uint32_t(max(seen.all_end / kTile - begin, 0)) : 0};
   }
 
   // Scores of a tile from its codes.
@@ -934,13 +994,14 @@ struct Block : RowBlock {
         for (int i = 0; i < 4; i++) before[rr][i] = opaque(s[rr][i]);
     }
     if (uint32_t(tile - whole.begin) < whole.count) return;
-    if (slot0 < scratch.seen.begin || slot0 + kTile > scratch.seen.all_end) {
+    const Range& seen = tokens().seen;
+    if (slot0 < seen.begin || slot0 + kTile > seen.all_end) {
 #pragma unroll
       for (int rr = 0; rr < S::kLaneRows; rr++) {
         const int end = scratch.rows[lane_row(rr)].coded_end;
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          if (slot + i < scratch.seen.begin || slot + i >= end) s[rr][i] = -INFINITY;
+          if (slot + i < seen.begin || slot + i >= end) s[rr][i] = -INFINITY;
       }
     }
     if (a.mask != nullptr) {
@@ -1099,7 +1160,10 @@ struct Block : RowBlock {
     const Token mine = token(group * kGroup + (lane & 15));
     bool any = false;  // row sees it: what no row sees may be NaN
 #pragma unroll 1       // four copies of it are as many instructions to fetch
-    for (int r = 0; r < rows; r++) any |= sees(r, mine);
+    for (int r = One ? which() : 0; r < rows; r++) {
+      any |= sees(r, mine);
+      if constexpr (One) break;
+    }
     const uint32_t live = __ballot_sync(~0u, any);
     // As many units are asked for at once as registers allow.
     constexpr int kUnits = S::Rows <= 4 ? 1 : 4, kBatches = 4 / kUnits;
@@ -1162,7 +1226,7 @@ struct Block : RowBlock {
   template <bool One>
   __device__ void store_values(const Outputs<One>& o, float* to) const {
     const int r = n & 3, rh = n >> 2;
-    if constexpr (!One) to += (r * S::Rows + rh) * S::D;
+    to += (One ? which() : r * S::Rows + rh) * S::D;
     static_for<V::kSteps>([&](auto step_) {
       constexpr int step = decltype(step_)::value;
       constexpr Group group = group_of(V::kSteps, step);
@@ -1214,6 +1278,8 @@ struct Block : RowBlock {
         ends[pair] = scratch.ends[pair][r];
         row.top = fmaxf(row.top, ends[pair].x);
       }
+      // Of two rows of the batch a pair has one alone, and leaves nothing of the other.
+      const int second = kTogether && rows > 1 ? scratch.tokens[S::kBatch - 1].first_pair : S::kPairs;
 #pragma unroll
       for (int pair = 0; pair < S::kPairs; pair++) {
         float2 x = {0.f, 0.f};
@@ -1223,6 +1289,7 @@ struct Block : RowBlock {
               &numerators[pair * kPart + (rotation * S::Rows + r) * S::D + 2 * spread<S::VD>(line)]);
           x.x += y.x, x.y += y.y;
         }
+        if (kTogether && (pair >= second) != r) x = {0.f, 0.f};
         row.add_below(ends[pair], x);
       }
       if (a.splits == 1) {
@@ -1281,13 +1348,17 @@ struct Block : RowBlock {
     prefetch(value_codes(tiles), kValueTile);
   }
 
+  // Whether the lane's scores are of a query that is not the tokens' row's: then nobody reads its probabilities.
+  __device__ bool others(int rr) const { return kTogether && column_row(rr) != 0; }
+
   __device__ void score(int pair, const Prepared& prepared) const {
     const Prepared raw = {scratch.raw, 0, 0, S::kTiles};  // not rotated: exact tokens keep their positions
     Query q;
     Softmax state;
 #pragma unroll
     for (int rr = 0; rr < S::kLaneRows; rr++)
-      state.top[rr] = kLowest, state.sum[rr] = 0.f, state.magnitude[rr] = scratch.magnitude[lane_row(rr)];
+      state.top[rr] = others(rr) ? -kLowest : kLowest, state.sum[rr] = 0.f,
+      state.magnitude[rr] = scratch.magnitude[lane_row(rr)];
     float s[S::kLaneRows][4];
     // Exact tokens, then tiles of codes, in one loop, so that the instructions of `publish` are there once and have
     // been fetched when the first tile needs them. `next` is a tile, or the complement of a group of exact tokens.
@@ -1340,6 +1411,7 @@ struct Block : RowBlock {
       for (int step = 8; step; step /= 2) state.sum[rr] += __shfl_xor_sync(~0u, state.sum[rr], across(step));
       if (own() != 0) continue;
       float2& to = scratch.ends[pair][lane_row(rr)];
+      if (others(rr)) state.top[rr] = kLowest, state.sum[rr] = 0.f;
       if constexpr (S::kApart)
         send(in_block(&to, 1), uint2{__float_as_uint(state.top[rr]), __float_as_uint(state.sum[rr])},
              in_block(&scratch.parts, 1));
@@ -1358,9 +1430,9 @@ struct Block : RowBlock {
       store_values<one()>(o, numerators + pair * kPart);
     };
     if constexpr (S::kLookedUpA) {
-      if (rows == 1) return weigh_and_store(std::true_type());
+      if (kTogether || rows == 1) return weigh_and_store(std::true_type());
     }
-    weigh_and_store(std::false_type());
+    if constexpr (!kTogether) weigh_and_store(std::false_type());
   }
 
   template <bool One>
@@ -1539,6 +1611,14 @@ bool clusters_fit(cudaLaunchConfig_t config, int splits) {
   return most > 0 && (clusters + most - 1) / most <= (clusters * splits + blocks - 1) / blocks;
 }
 
+// Whether two rows of the batch share a block: they start once where one in a block of its own would start after the
+// other.
+inline bool together(const Attention& a) {
+  const auto waves = [&](int64_t blocks) { return (blocks + a.at_once - 1) / a.at_once; };
+  const int64_t B = a.layer.B, H = a.layer.H;
+  return a.rows == 1 && a.splits == 1 && 2 * waves((B + 1) / 2 * H) <= waves(B * H);
+}
+
 template <class S>
 cudaError_t attend(const Attention& given, cudaStream_t stream) {
   constexpr int kShared = S::kTableBytes + sizeof(Scratch<S>);
@@ -1549,7 +1629,8 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared) != cudaSuccess)
     return cudaGetLastError();  // and clears it
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(a.splits * S::kBlocks, a.layer.B * a.layer.H, (a.rows + S::Rows - 1) / S::Rows);
+  config.gridDim = dim3(a.splits * S::kBlocks, (a.layer.B + S::kBatch - 1) / S::kBatch * a.layer.H,
+                        (a.rows + S::Rows - 1) / S::Rows);
   a.crowded = 3 * int64_t(config.gridDim.x) * config.gridDim.y * config.gridDim.z > 2 * a.at_once;
   config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = kShared;
@@ -1589,9 +1670,11 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
 
 template <int D, int KD, int VD, bool Narrow>
 cudaError_t attend(const Attention& a, cudaStream_t stream) {
-  if (a.rows <= 2) return attend<Shape<D, KD, VD, 2, Narrow>>(a, stream);
-  if constexpr (D <= 128)
+  if constexpr (D <= 128) {
+    if (together(a)) return attend<Shape<D, KD, VD, 2, Narrow, 2>>(a, stream);
     if (a.rows > 4) return attend<Shape<D, KD, VD, 8, Narrow>>(a, stream);
+  }
+  if (a.rows <= 2) return attend<Shape<D, KD, VD, 2, Narrow>>(a, stream);
   return attend<Shape<D, KD, VD, 4, Narrow>>(a, stream);
 }
 

@@ -26,13 +26,17 @@ constexpr int kArrivals = 1;
 #endif
 constexpr float kLowest = -1e30f;  // below any score, and finite
 
-template <int D_, int KD_, int VD_, int Rows_, bool Narrow = false>
+template <int D_, int KD_, int VD_, int Rows_, bool Narrow = false, int Batch = 1>
 struct Shape {
   static constexpr int D = D_, KD = KD_, VD = VD_;
   static constexpr int Rows = Rows_;  // query rows of a block: 2, 4 or 8
   // A operands are 16 query rows x rotations, B operands what is looked up; of two query rows, which with four
-  // rotations are no more than the columns of B, it is the other way round: half the products.
-  static constexpr bool kLookedUpA = Rows == 2;
+  // rotations are no more than the columns of B, it is the other way round: half the products. (Not with head_dim 256,
+  // where it was slower.)
+  static constexpr bool kLookedUpA = Rows == 2 && D <= 128;
+  // Rows of the batch that share a block and its tables, 1 or 2. Of two each has one query row.
+  static constexpr int kBatch = Batch;
+  static_assert(Batch == 1 || (Batch == 2 && kLookedUpA));
   static constexpr int kTiles = Rows > 4 ? 2 : 1;    // A operands of 4 query rows
   static constexpr int kHalves = Rows == 2 ? 1 : 2;  // query rows of a lane in a tile: rh, and rh + 2
   static constexpr int kLaneRows = kTiles * kHalves;
@@ -70,6 +74,11 @@ struct Frames {
   int begin, end;
 };
 
+// Tiles that are read from codes.
+struct Run {
+  int begin, end;
+};
+
 // The exact tokens in order: sinks, ring, new tokens.
 struct Exact {
   int tokens, sinks, ring, oldest, ring_slot, first, start;  // `ring` tokens from slot `oldest`, place `ring_slot`, on
@@ -77,6 +86,16 @@ struct Exact {
 struct ExactPlace {
   const char *k, *v;
   int64_t k_stride, v_stride;  // of a token, bytes
+};
+
+// Where the tokens of a row of the batch are, and which pairs of warps read them.
+struct Tokens {
+  Range seen;
+  Exact exact;
+  ExactPlace places[3];     // sinks, ring, new tokens
+  const uint8_t* codes[2];  // of the row's KV head: keys', values'
+  int origin;
+  int first_pair, pairs;
 };
 
 template <class S>
@@ -104,15 +123,11 @@ struct Scratch {
   Fours zeros;               // what lanes read whose probabilities another rotation takes
   float magnitude[S::Rows];  // the power of two, times scale * log2(e)
   Row rows[S::Rows];
-  Range seen;
-  Exact exact;
-  ExactPlace places[3];       // sinks, ring, new tokens
-  const uint8_t* codes[2];    // of the row's KV head: keys', values'
-  int bounds[S::kPairs + 1];  // of the pairs' tiles
-  int busy;                   // pairs that have exact tokens, from the first on; 0 if all have
-  bool in_two;                // keys' table is brought twice
+  Tokens tokens[S::kBatch];
+  Run runs[S::kPairs];
+  int busy;     // pairs that have exact tokens, from the first on; 0 if all have
+  bool in_two;  // keys' table is brought twice
   Frames frames;
-  int origin;
   uint32_t arguments;               // where `begin` leaves what it has read, for no other use
   float2 ends[S::kPairs][S::Rows];  // reference maximum (log2), sum
   uint64_t full[S::kPairs][2], empty[S::kPairs][2], k_table, k_more, v_table, queries, parts;

@@ -123,6 +123,70 @@ def test_short_texts_in_a_large_cache(past, recent, head_dim, group, device):
     check(layer, group=group)
 
 
+def heads_of_two_waves(batch, device):
+    """KV heads with which blocks of one row of the batch each are more than run at once, and blocks of two rows are not, so that two
+    rows share a block."""
+    if device == "cpu":
+        pytest.skip("of blocks of a GPU")
+    return torch.cuda.get_device_properties(0).multi_processor_count // ((batch + 1) // 2)
+
+
+@pytest.mark.parametrize(
+    ("past", "start"),
+    [(0, [0, 0]), (1, [0, 1]), (4, [2, 0]), (31, [0, 31]), (64, [0, 3]), (129, [0, 0]), (150, [150, 1]), (150, [0, 152]), (700, [0, 690]),
+     (700, [650, 3]), (3000, [0, 0]), (300, [0, 5, 100]), (700, [0, 690, 2])],
+)  # fmt: skip
+@pytest.mark.parametrize("frame_tokens", [0, 48, 256])
+def test_rows_that_share_a_block(past, start, frame_tokens, device):
+    heads = heads_of_two_waves(len(start), device)
+    check(layer_of(past=past, batch=len(start), start=start, heads=heads, frame_tokens=frame_tokens, shift=500))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "k_dim", "v_dim"), [(64, 2, 2), (96, 2, 2), (96, 4, 4), (128, 2, 4), (128, 4, 8), (128, 8, 8)]
+)
+def test_shapes_of_rows_that_share_a_block(head_dim, k_dim, v_dim, device):
+    heads = heads_of_two_waves(3, device)
+    shape = dict(head_dim=head_dim, k_dim=k_dim, v_dim=v_dim)
+    check(layer_of(past=333, batch=3, start=[7, 0, 40], heads=heads, dtype=torch.bfloat16, **shape))
+
+
+@pytest.mark.parametrize("recent", [0, 16, 200])
+@pytest.mark.parametrize("sinks", [0, 40])
+def test_windows_of_rows_that_share_a_block(recent, sinks, device):
+    heads = heads_of_two_waves(2, device)
+    check(layer_of(past=350, batch=2, start=[0, 320], heads=heads, recent=recent, sinks=sinks, rotary=64))
+
+
+def test_masks_of_rows_that_share_a_block(device):
+    layer = layer_of(past=350, batch=3, start=[0, 9, 300], heads=heads_of_two_waves(3, device))
+    check(layer, mask=torch.rand(3, 1, 1, 400) < 0.5)
+
+
+def test_what_the_other_row_holds(device):
+    """Nothing that one row of the batch holds shows in the result of another in the same block."""
+    layer = layer_of(past=300, batch=2, heads=heads_of_two_waves(2, device))
+    q, k, v = layer.new_tokens(1)
+    clean = ops.pq_attention_lse(*layer.attention_args(q, k, v))
+    for x in (q, k, v, *(layer.buffers[f"{side}_{part}"] for side in "kv" for part in ("sinks", "ring"))):
+        x[1] = NAN
+    dirty = ops.pq_attention_lse(*layer.attention_args(q, k, v))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(clean, dirty)) and dirty[0][1].isnan().all()
+
+
+def test_rows_do_share_a_block(device):
+    """The tests above are of that kernel, and a batch that all runs at once is not."""
+    heads = heads_of_two_waves(2, device)
+    for count, shared in ((heads, True), (heads // 2, False)):
+        layer = layer_of(past=300, batch=2, heads=count)
+        args = layer.attention_args(*layer.new_tokens(1))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            ops.pq_attention(*args)
+            torch.cuda.synchronize()
+        names = [event.key for event in profile.key_averages() if "attend_kernel" in event.key]
+        assert names and all(name.split("Shape<")[1].split(">")[0].endswith(", 2") is shared for name in names), names
+
+
 @pytest.mark.parametrize("frame_tokens", [0, 1, 48, 64, 100, 128, 2048])
 @pytest.mark.parametrize(("rotary", "interleaved"), [(None, False), (64, True), (0, False)])
 @pytest.mark.parametrize(("head_dim", "group"), [(128, 1), (128, 4), (256, 4), (256, 1)])
