@@ -449,6 +449,8 @@ struct Block : RowBlock {
   static constexpr int kWords = kKeyUnit.words > kValueUnit.words ? kKeyUnit.words : kValueUnit.words;
   // Whether it is the address that says that no tile comes, not a predicate: as measured.
   static constexpr bool kByAddress = S::Rows != 4;
+  // Whether tiles of one frame have code of their own: not with values of eight channels, which are slower with it.
+  static constexpr bool kPeels = S::VD < 8;
   static constexpr int kKeyTile = kTile * S::D / S::KD, kValueTile = kTile * S::D / S::VD;  // bytes
   using Words = uint32_t[kWords];
 
@@ -578,7 +580,8 @@ struct Block : RowBlock {
   }
 
   // R(-t_f) q for the rows of a product, kFrames frames x the block's query rows, in fp16: a model's own rotation
-  // rounds no less. Of `Count` rows of a frame a pair of channels; `i` counts pairs of channels, then so many rows.
+  // rounds no less. `Count` query rows of a pair of channels are taken first and then turned for one frame or many: what
+  // is stored may be what is loaded, for all that the compiler knows, so that loads wait for stores before them.
   struct Rotation {
     int half, tokens;    // pairs that rotate; tokens of a frame
     int origin, second;  // of the (first) row of the batch, of the other
@@ -588,40 +591,64 @@ struct Block : RowBlock {
             scratch.tokens[0].origin, scratch.tokens[S::kBatch - 1].origin};
   }
   template <int Count>
-  __device__ __forceinline__ void rotate(const Rotation& by, int frame0, uint32_t i, __half (&to)[16][S::D + 8]) const {
-    const uint32_t row = i / S::kLine * Count, pair = i % S::kLine;
-    const bool apart = int(pair) < by.half && !layer.interleaved;
+  struct Pair {
+    uint32_t first, second;  // depths
+    bool rotates;
+    float frequency;
+    float2 q[Count];
+  };
+  template <int Count>
+  __device__ __forceinline__ Pair<Count> take(const Rotation& by, uint32_t row, uint32_t pair) const {
+    const bool rotates = int(pair) < by.half, apart = rotates && !layer.interleaved;
     const uint32_t first = apart ? pair : 2 * pair, second = apart ? pair + by.half : 2 * pair + 1;
-    __half *const at = &to[row][depth_of(first)], *const at2 = &to[row][depth_of(second)];
+    Pair<Count> taken = {depth_of(first), depth_of(second), rotates, scratch.frequencies[pair]};
+#pragma unroll
+    for (int k = 0; k < Count; k++) taken.q[k] = {scratch.query[row + k][first], scratch.query[row + k][second]};
+    return taken;
+  }
+  template <int Count>
+  __device__ __forceinline__ void turn(const Rotation& by, const Pair<Count>& pair, int frame, __half (&x)[Count],
+                                       __half (&y)[Count]) const {
     const auto turn_from = [&](int origin) {
-      const int position = (frame0 + int(row / S::Rows)) * by.tokens + origin;
-      const float2 turn = turn_of(-static_cast<float>(position) * scratch.frequencies[pair]);
-      return int(pair) < by.half ? turn : float2{1.f, 0.f};
+      const int position = frame * by.tokens + origin;
+      const float2 turn = turn_of(-static_cast<float>(position) * pair.frequency);
+      return pair.rotates ? turn : float2{1.f, 0.f};
     };
     float2 turn = turn_from(by.origin);
 #pragma unroll
     for (int k = 0; k < Count; k++) {
       if (S::kBatch > 1 && k == 1 && by.second != by.origin) turn = turn_from(by.second);
-      const float x = scratch.query[row % S::Rows + k][first], y = scratch.query[row % S::Rows + k][second];
-      at[k * (S::D + 8)] = __float2half_rn(x * turn.x - y * turn.y);
-      at2[k * (S::D + 8)] = __float2half_rn(y * turn.x + x * turn.y);
+      x[k] = __float2half_rn(pair.q[k].x * turn.x - pair.q[k].y * turn.y);
+      y[k] = __float2half_rn(pair.q[k].y * turn.x + pair.q[k].x * turn.y);
     }
   }
+  template <int Count>
+  static __device__ __forceinline__ void put(const Pair<Count>& pair, const __half (&x)[Count],
+                                             const __half (&y)[Count], __half (*to)[S::D + 8]) {
+#pragma unroll
+    for (int k = 0; k < Count; k++) to[k][pair.first] = x[k], to[k][pair.second] = y[k];
+  }
 
-  // The warps for scores rotate for all products but the first, one ahead of those that multiply.
+  // The warps for scores rotate for all products but the first, one ahead of those that multiply: a thread always the
+  // same pair of channels.
   __device__ void help_prepare(const Frames& frames) const {
-    constexpr int kItems = S::kFrames * S::kLine;
+    constexpr int kAtOnce = S::kHalf / S::kLine, kTurns = (S::kFrames + kAtOnce - 1) / kAtOnce;
     const Rotation by = rotation();
     const int count = products(frames);
+    if (count < 2) return;
+    const int own = int(threadIdx.x) / S::kLine;  // the first of the frames that the thread turns to
+    const Pair<S::Rows> pair = take<S::Rows>(by, 0, threadIdx.x % S::kLine);
 #pragma unroll 1
     for (int product = 1; product < count; product++) {
       named_sync(kTurnedFree + (product & 1), S::kThreads);
+      __half x[kTurns][S::Rows], y[kTurns][S::Rows];
 #pragma unroll
-      for (int first = 0; first < kItems; first += S::kHalf) {
-        const int i = first + int(threadIdx.x);
-        if (kItems % S::kHalf == 0 || i < kItems)
-          rotate<S::Rows>(by, frames.begin + product * S::kFrames, i, scratch.turned[product & 1]);
-      }
+      for (int i = 0; i < kTurns; i++)
+        turn<S::Rows>(by, pair, frames.begin + product * S::kFrames + own + i * kAtOnce, x[i], y[i]);
+#pragma unroll
+      for (int i = 0; i < kTurns; i++)
+        if (const int frame = own + i * kAtOnce; own < kAtOnce && frame < S::kFrames)
+          put<S::Rows>(pair, x[i], y[i], &scratch.turned[product & 1][frame * S::Rows]);
       named_arrive(kTurnedFull + (product & 1), S::kThreads);
     }
   }
@@ -649,8 +676,13 @@ struct Block : RowBlock {
         const int first = frames.begin + product * S::kFrames;
         const int items = min(frames.end - first, S::kFrames) * (S::Rows / 2 * S::kLine);
 #pragma unroll 1
-        for (int i = threadIdx.x % S::kHalf; i < items; i += S::kHalf)
-          rotate<2>(by, first, i, scratch.turned[product & 1]);
+        for (int i = threadIdx.x % S::kHalf; i < items; i += S::kHalf) {
+          const int row = i / S::kLine * 2;  // of the product
+          const Pair<2> pair = take<2>(by, row % S::Rows, i % S::kLine);
+          __half x[2], y[2];
+          turn<2>(by, pair, first + row / S::Rows, x, y);
+          put<2>(pair, x, y, &scratch.turned[product & 1][row]);
+        }
         named_sync(kValues, S::kHalf);
       } else {
         named_sync(kTurnedFull + (product & 1), S::kThreads);
@@ -932,7 +964,7 @@ struct Block : RowBlock {
                                                Frame& frame, Query& q, float (&s)[S::kLaneRows][4]) const {
     const int slot0 = tile * kTile, slot = slot0 + 4 * own();
     // What the frames before `from` gave: opaque, so that the compiler makes a copy of the loop's body for tiles of one
-    // frame, which selects nothing.
+    // frame, which selects nothing (`kPeels`).
     float before[S::kLaneRows][4] = {};
     for (int from = slot0;; from = frame.border) {  // frames of this tile from slot `from` on: nearly always one
       if (from >= frame.border) {
@@ -966,6 +998,7 @@ struct Block : RowBlock {
             for (int i = first * kChunks / kBatches; i < (first + 2) * kChunks / kBatches; i++) fetch(words, i, after);
           }
           // Two tokens of the lane's four: they move up, which leaves the four in order.
+          const int token = slot + (kKeyUnit.per_tile == 2 ? 2 * unit : first);
 #pragma unroll
           for (int rr = 0; rr < S::kLaneRows; rr++) {
             const float low = s[rr][0], high = s[rr][1];
@@ -976,11 +1009,12 @@ struct Block : RowBlock {
             float x[S::kLaneRows];
             pick(acc[batch], x);
 #pragma unroll
-            for (int rr = 0; rr < S::kLaneRows; rr++) s[rr][2 + batch] = x[rr];
+            for (int rr = 0; rr < S::kLaneRows; rr++)
+              s[rr][2 + batch] = kPeels || token + batch >= from ? x[rr] : s[rr][2 + batch];
           }
         });
       }
-      if (from > slot0) {
+      if (kPeels && from > slot0) {
 #pragma unroll
         for (int rr = 0; rr < S::kLaneRows; rr++)
 #pragma unroll
@@ -991,7 +1025,7 @@ struct Block : RowBlock {
 #pragma unroll
       for (int rr = 0; rr < S::kLaneRows; rr++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) before[rr][i] = opaque(s[rr][i]);
+        for (int i = 0; i < 4; i++) before[rr][i] = kPeels ? opaque(s[rr][i]) : 0.f;
     }
     if (uint32_t(tile - whole.begin) < whole.count) return;
     const Range& seen = tokens().seen;
