@@ -722,12 +722,6 @@ struct Block : RowBlock {
     int tokens, now, border;  // tokens of a frame; the one whose query is loaded, and its end
   };
 
-  // The step whose part of the query row `r` of A holds at `step`.
-  static __device__ __forceinline__ int rotated(int step, int r) {
-    const Group group = group_of(K::kSteps, step);
-    return group.first + ((step - group.first) ^ (r & (group.width - 1)));
-  }
-
   // The lane's part of the operands of a frame.
   __device__ __forceinline__ void load_query(int frame, const Prepared& prepared, Query& q) const {
     const int r = n & 3, rh = n >> 2 ^ which();
@@ -735,13 +729,22 @@ struct Block : RowBlock {
     for (int qt = 0; qt < S::kTiles; qt++) {
       const uint2* from = prepared.at + int64_t(frame - prepared.frame) * prepared.stride +
                           min(qt, prepared.tiles - 1) * S::D + (c * 2 + rh) * (S::KD / 2);
+      // [step][c][rh][pair of channels][rh, rh + 2] half2
+      constexpr int kStep = 8 * (S::KD / 2);
+      const uint2 *four[4], *two[2];  // of a group of so many steps: few addresses, the rest are constants
+#pragma unroll
+      for (int x = 0; x < 4; x++) four[x] = opaque(from + (x ^ r) * kStep);
+#pragma unroll
+      for (int x = 0; x < 2; x++) two[x] = opaque(from + (x ^ (r & 1)) * kStep);
 #pragma unroll
       for (int step = 0; step < K::kSteps; step++) {
-        const int mine = rotated(step, r);
+        const Group group = group_of(K::kSteps, step);
+        const uint2* const mine = group.width == 4   ? four[step - group.first & 3]
+                                  : group.width == 2 ? two[step - group.first & 1]
+                                                     : from;
 #pragma unroll
         for (int sub = 0; sub < S::KD / 2; sub++) {
-          // [step][c][rh][pair of channels][rh, rh + 2] half2
-          const uint2 x = from[mine * 8 * (S::KD / 2) + sub];
+          const uint2 x = mine[group.first * kStep + sub];
           const int u = step * (S::KD / 2) + sub;  // pair of depths: operand u / 2, its lower or upper half
           if constexpr (S::kLookedUpA)
             q[qt][u / 2][u % 2] = x.x;

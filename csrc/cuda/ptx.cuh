@@ -64,6 +64,11 @@ __device__ __forceinline__ float opaque(float x) {
   asm volatile("" : "+f"(x));
   return x;
 }
+template <class T>
+__device__ __forceinline__ const T* opaque(const T* x) {
+  asm("" : "+l"(x));
+  return x;
+}
 
 __device__ __forceinline__ uint4 load_codes(const uint8_t* at) {
   uint4 r;
