@@ -382,8 +382,9 @@ struct Block : RowBlock {
     }
   }
 
-  // The row of a lane's accumulator: `rr` counts the lane's rows. It is the query row, but of a pair of warps that reads
-  // tokens of the batch's second row: there the two are swapped, so that the one that counts is the first everywhere.
+  // The row of a lane's accumulator: `rr` counts the lane's rows. It is the query row, but of a pair of warps that
+  // reads tokens of the batch's second row: there the two are swapped, so that the one that counts is the first
+  // everywhere.
   __device__ int column_row(int rr) const {
     return S::kLookedUpA ? c >> 1 : (n >> 2) + 2 * (rr % S::kHalves) + 4 * (rr / S::kHalves);
   }
@@ -580,8 +581,8 @@ struct Block : RowBlock {
   }
 
   // R(-t_f) q for the rows of a product, kFrames frames x the block's query rows, in fp16: a model's own rotation
-  // rounds no less. `Count` query rows of a pair of channels are taken first and then turned for one frame or many: what
-  // is stored may be what is loaded, for all that the compiler knows, so that loads wait for stores before them.
+  // rounds no less. `Count` query rows of a pair of channels are taken first and then turned for one frame or many:
+  // what is stored may be what is loaded, for all that the compiler knows, so that loads wait for stores before them.
   struct Rotation {
     int half, tokens;    // pairs that rotate; tokens of a frame
     int origin, second;  // of the (first) row of the batch, of the other
@@ -722,6 +723,10 @@ struct Block : RowBlock {
     int tokens, now, border;  // tokens of a frame; the one whose query is loaded, and its end
   };
 
+  // With it operands are registers of their own, which a zero that the compiler knows is not: that would be moved next
+  // to the others before every product.
+  static __device__ __forceinline__ uint32_t unknown_zero() { return blockDim.x ^ S::kThreads; }
+
   // The lane's part of the operands of a frame.
   __device__ __forceinline__ void load_query(int frame, const Prepared& prepared, Query& q) const {
     const int r = n & 3, rh = n >> 2 ^ which();
@@ -749,7 +754,9 @@ struct Block : RowBlock {
           if constexpr (S::kLookedUpA)
             q[qt][u / 2][u % 2] = x.x;
           else
-            q[qt][u / 2][u % 2 * 2] = x.x, q[qt][u / 2][u % 2 * 2 + 1] = x.y;
+            q[qt][u / 2][u % 2 * 2] = x.x, q[qt][u / 2][u % 2 * 2 + 1] = S::kHalves == 2 ? x.y
+                                                                         : S::KD < 8     ? x.x & unknown_zero()
+                                                                                         : 0u;
         }
       }
     }
@@ -765,7 +772,7 @@ struct Block : RowBlock {
   // Waits for the loads of a query here: else the first instruction of every tile that uses it might wait, and with it
   // for the codes that are on their way.
   static __device__ __forceinline__ void settle(Query& q) {
-    const uint32_t zero = blockDim.x ^ S::kThreads;  // which the compiler does not know
+    const uint32_t zero = unknown_zero();
 #pragma unroll
     for (auto& operands : q)
 #pragma unroll
