@@ -450,8 +450,10 @@ struct Block : RowBlock {
   static constexpr int kWords = kKeyUnit.words > kValueUnit.words ? kKeyUnit.words : kValueUnit.words;
   // Whether it is the address that says that no tile comes, not a predicate: as measured.
   static constexpr bool kByAddress = S::Rows != 4;
-  // Whether tiles of one frame have code of their own: not with values of eight channels, which are slower with it.
-  static constexpr bool kPeels = S::VD < 8;
+  // As measured, too: whether tiles of one frame have code of their own; whether a query's operands are loaded from a
+  // few addresses and constants.
+  static constexpr bool kPeels = S::VD < 8 || S::Rows == 8;
+  static constexpr bool kFewAddresses = S::KD == 2 && S::Rows <= 4;
   static constexpr int kKeyTile = kTile * S::D / S::KD, kValueTile = kTile * S::D / S::VD;  // bytes
   using Words = uint32_t[kWords];
 
@@ -723,6 +725,12 @@ struct Block : RowBlock {
     int tokens, now, border;  // tokens of a frame; the one whose query is loaded, and its end
   };
 
+  // The step whose part of the query row `r` of A holds at `step`.
+  static __device__ __forceinline__ int rotated(int step, int r) {
+    const Group group = group_of(K::kSteps, step);
+    return group.first + ((step - group.first) ^ (r & (group.width - 1)));
+  }
+
   // With it operands are registers of their own, which a zero that the compiler knows is not: that would be moved next
   // to the others before every product.
   static __device__ __forceinline__ uint32_t unknown_zero() { return blockDim.x ^ S::kThreads; }
@@ -736,20 +744,17 @@ struct Block : RowBlock {
                           min(qt, prepared.tiles - 1) * S::D + (c * 2 + rh) * (S::KD / 2);
       // [step][c][rh][pair of channels][rh, rh + 2] half2
       constexpr int kStep = 8 * (S::KD / 2);
-      const uint2 *four[4], *two[2];  // of a group of so many steps: few addresses, the rest are constants
+      const uint2* four[4];  // of a group of four steps
 #pragma unroll
       for (int x = 0; x < 4; x++) four[x] = opaque(from + (x ^ r) * kStep);
 #pragma unroll
-      for (int x = 0; x < 2; x++) two[x] = opaque(from + (x ^ (r & 1)) * kStep);
-#pragma unroll
       for (int step = 0; step < K::kSteps; step++) {
         const Group group = group_of(K::kSteps, step);
-        const uint2* const mine = group.width == 4   ? four[step - group.first & 3]
-                                  : group.width == 2 ? two[step - group.first & 1]
-                                                     : from;
+        const uint2* const mine = kFewAddresses && group.width == 4 ? four[step - group.first & 3] + group.first * kStep
+                                                                    : from + rotated(step, r) * kStep;
 #pragma unroll
         for (int sub = 0; sub < S::KD / 2; sub++) {
-          const uint2 x = mine[group.first * kStep + sub];
+          const uint2 x = mine[sub];
           const int u = step * (S::KD / 2) + sub;  // pair of depths: operand u / 2, its lower or upper half
           if constexpr (S::kLookedUpA)
             q[qt][u / 2][u % 2] = x.x;
