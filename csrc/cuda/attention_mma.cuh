@@ -18,17 +18,18 @@
 // tokens; row (query row, r) of A holds the probabilities of the tokens of c = r only. Two PRMTs transpose a pair of
 // lookups into (token, next token) of each channel.
 //
-// With one or two query rows what is looked up for scores is A (`kLookedUpA`), 16 rows instead of 8 columns, so half
-// the products: two rows x four rotations are the columns of B, row n of A is token n of the first half, row n + 8 of
-// the second. Values need no transposition: depths are pairs (channel 0, channel 1) of one token, as a lookup comes.
-// With two query rows, those of A that are free hold (0, p) for the second channel beside (p, 0) for the first. With
-// one row (`One`) both are columns of B, in four rotations, and row n of A is subspace n of one step, row n + 8 of the
-// next.
+// With one or two query rows, but for head_dim 256, what is looked up for scores is A (`kLookedUpA`), 16 rows instead
+// of 8 columns, so half the products: two rows x four rotations are the columns of B, row n of A is token n of the
+// first half, row n + 8 of the second. Values need no transposition: depths are pairs (channel 0, channel 1) of one
+// token, as a lookup comes. With two query rows, those of A that are free hold (0, p) for the second channel beside (p,
+// 0) for the first. With one row (`One`) both are columns of B, in four rotations, and row n of A is subspace n of one
+// step, row n + 8 of the next.
 //
 // Steps rotate in groups of w = 4, then 2, then 1 (`rotation_width`); where w leaves lanes on the same banks, a table
 // holds its entries several times (replicas).
 //
-// A block is one split of the tokens of one row b, KV head and tile of query rows. Its warps come in pairs, one for the
+// A block is one split of the tokens of one row b, KV head and tile of query rows (or of two rows b and b + 1,
+// `kBatch`, each with one query row: half the pairs have the first row's tokens). Its warps come in pairs, one for the
 // scores and one for the values of the same tiles of 64 tokens; probabilities go through two slots of shared memory.
 // Before the codes
 //   * the warps for scores do the scores of exact tokens (sinks, ring, new), 16 at a time, with loads in place of
@@ -303,7 +304,7 @@ struct Block : RowBlock {
       const int work = tiles + kGroupTiles * mine, all_work = work + of_other(work);
       const int part = __float2int_rn(__fdividef(float(S::kPairs * work), float(max(all_work, 1))));
       const int of_first = min(max(described() == 0 ? part : S::kPairs - part, 1), S::kPairs - 1);
-      pairs = __shfl_sync(~0u, of_first, 0), first_pair = 0;
+      pairs = __shfl_sync(~0u, of_first, 0);
       if (described() > 0) first_pair = pairs, pairs = S::kPairs - pairs;
       most_tiles += of_other(tiles);
     }
