@@ -97,7 +97,8 @@ struct RowBlock {
   __device__ int64_t head() const { return int64_t(b) * layer.H + h; }
 
   // Channels of row r's query, as the model gave them.
-  __device__ const char* query_row(int r) const { return a.q.at(b, query_head(r), query(r)); }
+  __device__ const char* query_row(int r) const { return query_row(r, b); }
+  __device__ const char* query_row(int r, int b) const { return a.q.at(b, query_head(r), query(r)); }
 
   // Writes row r's channel c of the result. `total` is the softmax denominator of the scores relative to `top` (log2).
   __device__ void store_result(int r, int c, float numerator, float total, float top) const {

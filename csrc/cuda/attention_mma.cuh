@@ -536,7 +536,7 @@ struct Block : RowBlock {
   __device__ int first_row() const { return (2 * S::kPairs - 2 - warp) % S::kPairs; }
   __device__ const uint32_t* query_words(int r) const {
     const int row = min(r, rows - 1);
-    return reinterpret_cast<const uint32_t*>(a.q.at(b + batch_row(row), query_head(row), query(row)));
+    return reinterpret_cast<const uint32_t*>(query_row(row, b + batch_row(row)));
   }
   __device__ void ask_query(int r, const uint32_t* from, Asked& to) const {
 #pragma unroll
