@@ -387,14 +387,19 @@ struct Block : RowBlock {
   // reads tokens of the batch's second row: there the two are swapped, so that the one that counts is the first
   // everywhere.
   __device__ int column_row(int rr) const {
-    return S::kLookedUpA ? c >> 1 : (n >> 2) + 2 * (rr % S::kHalves) + 4 * (rr / S::kHalves);
+    return S::kLookedUpA ? c >> 1 : n / S::kRotations + S::kApartRows * (rr % S::kHalves);
   }
   __device__ int lane_row(int rr) const { return column_row(rr) ^ which(); }
   // Which scores a lane gets: of a batch's first or second half of tokens; and which four tokens of a tile they are,
   // one of each batch.
   __device__ int lane_half() const { return (c & 1) ^ (n >> 1 & 1); }
-  __device__ int own() const { return S::kLookedUpA ? 4 * ((n & 3) ^ (2 * lane_half())) + (n >> 1) : lane & 15; }
+  __device__ int own(int rr = 0) const {
+    return S::kLookedUpA   ? 4 * ((n & 3) ^ (2 * lane_half())) + (n >> 1)
+           : S::kExchanges ? (4 * ((n & 1) + 2 * (c & 1)) + c) ^ (8 * (rr / S::kHalves))
+                           : lane & 15;
+  }
   // What lanes of the same rows differ by, in steps 1, 2, 4, 8 of what they do together.
+  static constexpr int kWidest = S::kExchanges ? 4 : 8;
   static constexpr int across(int step) { return S::kLookedUpA && step == 2 ? 16 : step; }
 
   __device__ bool masked(int r, int slot) const {
@@ -721,7 +726,7 @@ struct Block : RowBlock {
   // ---- scores ----
 
   // A operands, or with A looked up B operands.
-  using Query = uint32_t[S::kTiles][S::D / 16][S::kLookedUpA ? 2 : 4];
+  using Query = uint32_t[S::D / 16][S::kLookedUpA ? 2 : 4];
   struct Frame {
     int tokens, now, border;  // tokens of a frame; the one whose query is loaded, and its end
   };
@@ -731,6 +736,11 @@ struct Block : RowBlock {
     const Group group = group_of(K::kSteps, step);
     return group.first + ((step - group.first) ^ (r & (group.width - 1)));
   }
+  // What lanes exchange: of groups of four steps.
+  template <class Table>
+  static constexpr bool exchanged(int step) {
+    return S::kExchanges && group_of(Table::kSteps, step).width == 4;
+  }
 
   // With it operands are registers of their own, which a zero that the compiler knows is not: that would be moved next
   // to the others before every product.
@@ -738,32 +748,35 @@ struct Block : RowBlock {
 
   // The lane's part of the operands of a frame.
   __device__ __forceinline__ void load_query(int frame, const Prepared& prepared, Query& q) const {
-    const int r = n & 3, rh = n >> 2 ^ which();
+    const int r = n & (S::kRotations - 1), rh = n / S::kRotations ^ which();
+    // [tile][step][c][rh & 1][pair of channels][rh / 2] half2
+    constexpr int kStep = 8 * (S::KD / 2);
+    const uint2* from =
+        prepared.at + int64_t(frame - prepared.frame) * prepared.stride + (c * 2 + (rh & 1)) * (S::KD / 2);
+    const uint2* four[4];  // of a group of four steps
 #pragma unroll
-    for (int qt = 0; qt < S::kTiles; qt++) {
-      const uint2* from = prepared.at + int64_t(frame - prepared.frame) * prepared.stride +
-                          min(qt, prepared.tiles - 1) * S::D + (c * 2 + rh) * (S::KD / 2);
-      // [step][c][rh][pair of channels][rh, rh + 2] half2
-      constexpr int kStep = 8 * (S::KD / 2);
-      const uint2* four[4];  // of a group of four steps
+    for (int x = 0; x < 4; x++) four[x] = opaque(from + (x ^ r) * kStep);
 #pragma unroll
-      for (int x = 0; x < 4; x++) four[x] = opaque(from + (x ^ r) * kStep);
+    for (int step = 0; step < K::kSteps; step++) {
+      const Group group = group_of(K::kSteps, step);
+      const uint2* const mine = kFewAddresses && group.width == 4 ? four[step - group.first & 3] + group.first * kStep
+                                                                  : from + rotated(step, r) * kStep;
 #pragma unroll
-      for (int step = 0; step < K::kSteps; step++) {
-        const Group group = group_of(K::kSteps, step);
-        const uint2* const mine = kFewAddresses && group.width == 4 ? four[step - group.first & 3] + group.first * kStep
-                                                                    : from + rotated(step, r) * kStep;
-#pragma unroll
-        for (int sub = 0; sub < S::KD / 2; sub++) {
-          const uint2 x = mine[sub];
-          const int u = step * (S::KD / 2) + sub;  // pair of depths: operand u / 2, its lower or upper half
-          if constexpr (S::kLookedUpA)
-            q[qt][u / 2][u % 2] = x.x;
-          else
-            q[qt][u / 2][u % 2 * 2] = x.x, q[qt][u / 2][u % 2 * 2 + 1] = S::kHalves == 2 ? x.y
-                                                                         : S::KD < 8     ? x.x & unknown_zero()
-                                                                                         : 0u;
+      for (int sub = 0; sub < S::KD / 2; sub++) {
+        const int u = step * (S::KD / 2) + sub;  // pair of depths: operand u / 2, its lower or upper half
+        if constexpr (S::kExchanges) {
+          const uint32_t* const x = reinterpret_cast<const uint32_t*>(mine + sub) + (rh >> 1);
+          q[u / 2][u % 2 * 2] = x[0];
+          q[u / 2][u % 2 * 2 + 1] = prepared.tiles > 1 ? x[2 * S::D] : 0u;
+          continue;
         }
+        const uint2 x = mine[sub];
+        if constexpr (S::kLookedUpA)
+          q[u / 2][u % 2] = x.x;
+        else
+          q[u / 2][u % 2 * 2] = x.x, q[u / 2][u % 2 * 2 + 1] = S::kHalves == 2 ? x.y
+                                                               : S::KD < 8     ? x.x & unknown_zero()
+                                                                               : 0u;
       }
     }
   }
@@ -780,65 +793,82 @@ struct Block : RowBlock {
   static __device__ __forceinline__ void settle(Query& q) {
     const uint32_t zero = unknown_zero();
 #pragma unroll
-    for (auto& operands : q)
+    for (auto& operand : q)
 #pragma unroll
-      for (auto& operand : operands)
-#pragma unroll
-        for (uint32_t& x : operand) x ^= zero;
+      for (uint32_t& x : operand) x ^= zero;
   }
 
   // Adds the products of a query with what `look(step, half, out)` gives for every step of `Batches` x 2 halves. With A
   // looked up the two halves of a batch are the upper and lower half of A.
-  using Products = float[S::kLookedUpA ? 1 : 2][S::kTiles][4];  // of a batch
+  using Products = float[S::kLookedUpA ? 1 : 2][4];  // of a batch
   template <int Batches, class Look>
-  static __device__ __forceinline__ void multiply(const Query& q, Products (&acc)[Batches], const Look& look) {
+  __device__ __forceinline__ void multiply(const Query& q, Products (&acc)[Batches], const Look& look) const {
     constexpr int kOperands = S::D / 16, kPerLookup = S::KD == 8 ? 2 : 1;  // operands that a step's lookup fills
+    // What is exchanged, lookups of steps s and s ^ 2, lies in these.
+    constexpr int kWith = S::KD == 2 ? 1 : 2;
     static_for<kOperands / kPerLookup>([&](auto t_) {
       constexpr int t = decltype(t_)::value;
+      constexpr bool kBoth = exchanged<K>(S::KD == 2 ? 2 * t : t);
+      if constexpr (kBoth && (t & kWith)) return;
+      constexpr int kCount = kBoth ? 2 : 1;
       static_for<Batches>([&](auto batch_) {
-        uint32_t x[2][2 * kPerLookup];
+        uint32_t x[2][kCount][2 * kPerLookup];
         static_for<2>([&](auto half_) {
           constexpr int half = decltype(half_)::value;
-          if constexpr (S::KD == 2) {
-            uint32_t low[1], high[1];
-            look(std::integral_constant<int, 2 * t>(), batch_, half_, low);
-            look(std::integral_constant<int, 2 * t + 1>(), batch_, half_, high);
-            x[half][0] = low[0], x[half][1] = high[0];
-          } else {
-            look(t_, batch_, half_, x[half]);
+          static_for<kCount>([&](auto which_) {
+            constexpr int which = decltype(which_)::value, at = t + which * kWith;
+            if constexpr (S::KD == 2) {
+              uint32_t low[1], high[1];
+              look(std::integral_constant<int, 2 * at>(), batch_, half_, low);
+              look(std::integral_constant<int, 2 * at + 1>(), batch_, half_, high);
+              x[half][which][0] = low[0], x[half][which][1] = high[0];
+            } else {
+              look(std::integral_constant<int, at>(), batch_, half_, x[half][which]);
+            }
+          });
+          if constexpr (kBoth) {
+            const bool exchange = (n >> 1 & 1) != half;
+#pragma unroll
+            for (int i = 0; i < 2 * kPerLookup; i++) {
+              const uint32_t first = x[half][0][i], second = x[half][kCount - 1][i];
+              x[half][0][i] = exchange ? second : first, x[half][kCount - 1][i] = exchange ? first : second;
+            }
           }
           if constexpr (!S::kLookedUpA) {
 #pragma unroll
-            for (int u = 0; u < kPerLookup; u++)
+            for (int which = 0; which < kCount; which++)
 #pragma unroll
-              for (int qt = 0; qt < S::kTiles; qt++)
-                mma_dense(acc[decltype(batch_)::value][half][qt], q[qt][t * kPerLookup + u], x[half][2 * u],
-                          x[half][2 * u + 1]);
+              for (int u = 0; u < kPerLookup; u++)
+                mma_dense(acc[decltype(batch_)::value][half], q[(t + which * kWith) * kPerLookup + u],
+                          x[half][which][2 * u], x[half][which][2 * u + 1]);
           }
         });
         if constexpr (S::kLookedUpA) {
 #pragma unroll
           for (int u = 0; u < kPerLookup; u++)
-            mma_dense(acc[decltype(batch_)::value][0][0], {x[0][2 * u], x[1][2 * u], x[0][2 * u + 1], x[1][2 * u + 1]},
-                      q[0][t * kPerLookup + u][0], q[0][t * kPerLookup + u][1]);
+            mma_dense(acc[decltype(batch_)::value][0],
+                      {x[0][0][2 * u], x[1][0][2 * u], x[0][0][2 * u + 1], x[1][0][2 * u + 1]},
+                      q[t * kPerLookup + u][0], q[t * kPerLookup + u][1]);
         }
       });
     });
   }
 
-  // The one right score of a batch for each of the lane's rows.
+  // The right scores of a batch for each of the lane's rows: one, or one of each half.
   __device__ __forceinline__ void pick(const Products& acc, float (&s)[S::kLaneRows]) const {
     const int r = n & 3;
     const bool odd = r & 1, upper = (c & 1) ^ (r >> 1);
 #pragma unroll
     for (int rr = 0; rr < S::kLaneRows; rr++) {
+      const int e = rr % S::kHalves * 2;
       if constexpr (S::kLookedUpA) {
-        const float (&x)[4] = acc[0][0];
+        const float (&x)[4] = acc[0];
         const float low = odd ? x[1] : x[0], high = odd ? x[3] : x[2];
         s[rr] = upper ? high : low;
+      } else if constexpr (S::kExchanges) {
+        s[rr] = odd ? acc[rr / S::kHalves][e + 1] : acc[rr / S::kHalves][e];
       } else {
-        const int e = rr % S::kHalves * 2, qt = rr / S::kHalves;
-        const float low = odd ? acc[0][qt][e + 1] : acc[0][qt][e], high = odd ? acc[1][qt][e + 1] : acc[1][qt][e];
+        const float low = odd ? acc[0][e + 1] : acc[0][e], high = odd ? acc[1][e + 1] : acc[1][e];
         s[rr] = upper ? high : low;
       }
     }
@@ -878,6 +908,11 @@ struct Block : RowBlock {
       highest[rr] = fmaxf(fmaxf(s[rr][0], s[rr][1]), fmaxf(s[rr][2], s[rr][3])) * state.magnitude[rr];
       raise |= highest[rr] > state.top[rr] + kLazy;
     }
+    if constexpr (S::kExchanges) {  // a query row's other four
+#pragma unroll
+      for (int rr = 0; rr < S::kHalves; rr++)
+        highest[rr] = highest[rr + S::kHalves] = fmaxf(highest[rr], highest[rr + S::kHalves]);
+    }
     raise = __any_sync(~0u, raise);
     float factors[S::kLaneRows] = {};
     barrier_wait(link.empty(it), (it >> 1 & 1) ^ 1);
@@ -885,20 +920,21 @@ struct Block : RowBlock {
 #pragma unroll
       for (int rr = 0; rr < S::kLaneRows; rr++) {
 #pragma unroll
-        for (int step = 8; step; step /= 2)
+        for (int step = kWidest; step; step /= 2)
           highest[rr] = fmaxf(highest[rr], __shfl_xor_sync(~0u, highest[rr], across(step)));
         highest[rr] = fmaxf(highest[rr], state.top[rr]);
         factors[rr] = exp2_fast(state.top[rr] - highest[rr]);
         state.top[rr] = highest[rr], state.sum[rr] *= factors[rr];
-        if (!S::kApart && own == 0) store_shared(factor + 4 * column_row(rr), __float_as_uint(factors[rr]));
+        if (!S::kApart && own == 0 && rr < S::kHalves)
+          store_shared(factor + 4 * column_row(rr), __float_as_uint(factors[rr]));
       }
     }
 #pragma unroll
-    for (int qt = 0; qt < S::kTiles; qt++) {
+    for (int o = 0; o < S::kOwn; o++) {
       Four four;
 #pragma unroll
       for (int half = 0; half < S::kHalves; half++) {
-        const int rr = qt * S::kHalves + half;
+        const int rr = o * S::kHalves + half;
         float p[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) p[i] = exp2_fast(fmaf(s[rr][i], state.magnitude[rr], -state.top[rr]));
@@ -906,9 +942,10 @@ struct Block : RowBlock {
         uint32_t* const to = reinterpret_cast<uint32_t*>(&four) + half;
         to[0] = half2_bits(p[0], p[1]), to[S::kHalves] = half2_bits(p[2], p[3]);
         if constexpr (S::kApart)
-          if (own == 0) send(factor + 4 * column_row(rr), __float_as_uint(factors[rr]), full);
+          if (own == 0 && o == 0) send(factor + 4 * column_row(rr), __float_as_uint(factors[rr]), full);
       }
-      const uint32_t to = slot + (qt * kWarp + (S::kLookedUpA ? 16 * column_row(0) + own : lane)) * sizeof(Four);
+      const int at = S::kLookedUpA || S::kExchanges ? 16 * column_row(0) + this->own(o * S::kHalves) : lane;
+      const uint32_t to = slot + at * sizeof(Four);
       if constexpr (S::kApart)
         send(to, four, full);
       else
@@ -929,9 +966,10 @@ struct Block : RowBlock {
 
   // Scores of 16 exact tokens, as token 4 i of a tile that has no others.
   __device__ void exact_scores(int group, const Query& q, float (&s)[S::kLaneRows][4]) const {
-    const Token mine = token(group * kGroup + own());
+    const Token mine = token(group * kGroup + (S::kExchanges ? lane & 15 : own()));
     // To the L2 cache: what the other warp of the pair asks for next.
-    if (column_row(0) == 0 || S::D > 64) prefetch_l2(mine.v + column_row(0) * 128);
+    const int line = S::kLookedUpA ? column_row(0) : lane >> 4;
+    if (line == 0 || S::D > 64) prefetch_l2(mine.v + line * 128);
     const char* keys[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -958,7 +996,7 @@ struct Block : RowBlock {
     pick(acc[0], x);
 #pragma unroll
     for (int rr = 0; rr < S::kLaneRows; rr++) {
-      s[rr][0] = sees(lane_row(rr), mine) ? x[rr] : -INFINITY;
+      s[rr][0] = sees(lane_row(rr), S::kExchanges ? token(group * kGroup + own(rr)) : mine) ? x[rr] : -INFINITY;
       s[rr][1] = s[rr][2] = s[rr][3] = -INFINITY;
     }
   }
@@ -978,7 +1016,8 @@ struct Block : RowBlock {
   __device__ __forceinline__ void coded_scores(int tile, bool more, const uint8_t* codes, Words& words,
                                                const Places<K>& places, const Prepared& prepared, const Whole& whole,
                                                Frame& frame, Query& q, float (&s)[S::kLaneRows][4]) const {
-    const int slot0 = tile * kTile, slot = slot0 + 4 * own();
+    const int slot0 = tile * kTile;
+    const auto slot = [&](int rr) { return slot0 + 4 * own(rr); };
     // What the frames before `from` gave: opaque, so that the compiler makes a copy of the loop's body for tiles of one
     // frame, which selects nothing (`kPeels`).
     float before[S::kLaneRows][4] = {};
@@ -1014,7 +1053,7 @@ struct Block : RowBlock {
             for (int i = first * kChunks / kBatches; i < (first + 2) * kChunks / kBatches; i++) fetch(words, i, after);
           }
           // Two tokens of the lane's four: they move up, which leaves the four in order.
-          const int token = slot + (kKeyUnit.per_tile == 2 ? 2 * unit : first);
+          const int token = kKeyUnit.per_tile == 2 ? 2 * unit : first;
 #pragma unroll
           for (int rr = 0; rr < S::kLaneRows; rr++) {
             const float low = s[rr][0], high = s[rr][1];
@@ -1026,7 +1065,7 @@ struct Block : RowBlock {
             pick(acc[batch], x);
 #pragma unroll
             for (int rr = 0; rr < S::kLaneRows; rr++)
-              s[rr][2 + batch] = kPeels || token + batch >= from ? x[rr] : s[rr][2 + batch];
+              s[rr][2 + batch] = kPeels || slot(rr) + token + batch >= from ? x[rr] : s[rr][2 + batch];
           }
         });
       }
@@ -1035,7 +1074,7 @@ struct Block : RowBlock {
         for (int rr = 0; rr < S::kLaneRows; rr++)
 #pragma unroll
           for (int i = 0; i < 4; i++)
-            if (slot + i < from) s[rr][i] = before[rr][i];
+            if (slot(rr) + i < from) s[rr][i] = before[rr][i];
       }
       if (__builtin_expect(last, 1)) break;
 #pragma unroll
@@ -1051,7 +1090,7 @@ struct Block : RowBlock {
         const int end = scratch.rows[lane_row(rr)].coded_end;
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          if (slot + i < seen.begin || slot + i >= end) s[rr][i] = -INFINITY;
+          if (slot(rr) + i < seen.begin || slot(rr) + i >= end) s[rr][i] = -INFINITY;
       }
     }
     if (a.mask != nullptr) {
@@ -1059,7 +1098,7 @@ struct Block : RowBlock {
       for (int i = 0; i < 4; i++) {
 #pragma unroll
         for (int rr = 0; rr < S::kLaneRows; rr++) {
-          const bool hidden = masked(lane_row(rr), slot + i);
+          const bool hidden = masked(lane_row(rr), slot(rr) + i);
 #pragma unroll
           for (int j = 0; j < 4; j++)
             if (i == j && hidden) s[rr][j] = -INFINITY;
@@ -1076,8 +1115,7 @@ struct Block : RowBlock {
   // have the first channel, for rotations 2 c and 2 c + 1, the others the second.
   static constexpr int kSubs = S::VD / 2, kParities = S::Rows == 2 ? 1 : 2;
   template <bool One>
-  using Outputs =
-      std::conditional_t<One, float[V::kSteps * kSubs / 2][4], float[S::kTiles][V::kSteps][kSubs][kParities][4]>;
+  using Outputs = std::conditional_t<One, float[V::kSteps * kSubs / 2][4], float[V::kSteps][kSubs][kParities][4]>;
 
   template <class Outputs>
   static __device__ void zero(Outputs& o) {
@@ -1093,10 +1131,10 @@ struct Block : RowBlock {
   template <int Units, bool One, class Ask, class Look, class Done>
   __device__ __forceinline__ void accumulate(Outputs<One>& o, const Link& link, int it, int last, const Ask& ask,
                                              const Look& look, const Done& done) const {
-    const int r = n & 3, rh = n >> 2;
+    const int r = n & (S::kRotations - 1), rh = n / S::kRotations;
     const uint32_t slot = link.slot + (it & 1) * sizeof(Slot), full = link.full + (it & 1) * 8;
-    const uint32_t shares =
-        c == r ? slot + (One ? r : kTile / 4 * rh + r) * sizeof(Four) : shared_address(scratch.zeros);
+    const uint32_t shares = (c & (S::kRotations - 1)) == r ? slot + (One ? c : kTile / 4 * rh + c) * sizeof(Four)
+                                                           : shared_address(scratch.zeros);
     if (S::kApart && lane == 0) barrier_expect(full, Slot::kSent);
     ask(0);
     barrier_wait(full, it >> 1 & 1);
@@ -1115,19 +1153,16 @@ struct Block : RowBlock {
 #pragma unroll
           for (int i = 0; i < 4; i++) x[i] *= by;
       } else {
+        const float low = factor(rh), high = S::kHalves == 2 ? factor(rh + S::kApartRows) : low;
 #pragma unroll
-        for (int qt = 0; qt < S::kTiles; qt++) {
-          const float low = factor(4 * qt + rh), high = S::kHalves == 2 ? factor(4 * qt + rh + 2) : low;
+        for (int i = 0; i < V::kSteps; i++)
 #pragma unroll
-          for (int i = 0; i < V::kSteps; i++)
+          for (int sub = 0; sub < kSubs; sub++)
 #pragma unroll
-            for (int sub = 0; sub < kSubs; sub++)
-#pragma unroll
-              for (int e = 0; e < kParities; e++) {
-                float (&x)[4] = o[qt][i][sub][e];
-                x[0] *= low, x[1] *= low, x[2] *= high, x[3] *= high;
-              }
-        }
+            for (int e = 0; e < kParities; e++) {
+              float (&x)[4] = o[i][sub][e];
+              x[0] *= low, x[1] *= low, x[2] *= high, x[3] *= high;
+            }
       }
     }
 #pragma unroll 1
@@ -1135,38 +1170,44 @@ struct Block : RowBlock {
       if (unit > 0) ask(unit);
       static_for<4 / Units>([&](auto batch_) {
         constexpr int batch = decltype(batch_)::value;
-        // Operands: of tiles of four rows; of two rows (two of them) and of one, for one channel or the other.
-        uint32_t p[S::kTiles][2][4];
-#pragma unroll
-        for (int qt = 0; qt < S::kTiles; qt++) {
-          Four four;
-          load_shared(shares + (qt * (kTile / 2) + 4 * (unit * (4 / Units) + batch)) * sizeof(Four), four);
-          if constexpr (One) {
-            const int first = rh ? 0x1044 : 0x4410, second = rh ? 0x3244 : 0x4432;
-            p[qt][0][0] = prmt(four.x, 0, first), p[qt][0][1] = prmt(four.x, 0, second);
-            p[qt][0][2] = prmt(four.y, 0, first), p[qt][0][3] = prmt(four.y, 0, second);
-          } else if constexpr (S::Rows == 2) {
-            p[qt][0][0] = four.x & 0xffff, p[qt][0][1] = four.x << 16, p[qt][0][2] = four.x >> 16,
-            p[qt][0][3] = four.x & 0xffff0000;
-            p[qt][1][0] = four.y & 0xffff, p[qt][1][1] = four.y << 16, p[qt][1][2] = four.y >> 16,
-            p[qt][1][3] = four.y & 0xffff0000;
-          } else {
-            p[qt][0][0] = four.x, p[qt][0][1] = four.y, p[qt][0][2] = four.z, p[qt][0][3] = four.w;
-          }
+        // Operands: of four and eight rows; of two rows (two of them) and of one, for one channel or the other.
+        uint32_t p[2][4];
+        Four four;
+        load_shared(shares + 4 * (unit * (4 / Units) + batch) * sizeof(Four), four);
+        if constexpr (One) {
+          const int first = rh ? 0x1044 : 0x4410, second = rh ? 0x3244 : 0x4432;
+          p[0][0] = prmt(four.x, 0, first), p[0][1] = prmt(four.x, 0, second);
+          p[0][2] = prmt(four.y, 0, first), p[0][3] = prmt(four.y, 0, second);
+        } else if constexpr (S::Rows == 2) {
+          p[0][0] = four.x & 0xffff, p[0][1] = four.x << 16, p[0][2] = four.x >> 16, p[0][3] = four.x & 0xffff0000;
+          p[1][0] = four.y & 0xffff, p[1][1] = four.y << 16, p[1][2] = four.y >> 16, p[1][3] = four.y & 0xffff0000;
+        } else {
+          p[0][0] = four.x, p[0][1] = four.y, p[0][2] = four.z, p[0][3] = four.w;
         }
-        constexpr int kAtOnce = One && kSubs == 1 ? 2 : 1;  // steps
-        static_assert(V::kSteps % kAtOnce == 0);
-        static_for<V::kSteps / kAtOnce>([&](auto steps_) {
-          constexpr int first = decltype(steps_)::value * kAtOnce;
+        static_for<V::kSteps>([&](auto steps_) {
+          constexpr int first = decltype(steps_)::value;
+          // Steps at once: two that one product takes, or that lanes exchange.
+          constexpr bool kExchanged = exchanged<V>(first);
+          constexpr int kAtOnce = (One && kSubs == 1) || kExchanged ? 2 : 1, kWith = kExchanged ? 2 : 1;
+          if constexpr (kAtOnce == 2 && (first & kWith)) return;
           uint32_t v[kAtOnce][4][kSubs];
           static_for<kAtOnce>([&](auto which_) {
             constexpr int which = decltype(which_)::value;
             static_for<4>([&](auto token_) {
-              look(std::integral_constant<int, first + which>(), batch_, unit, token_,
+              look(std::integral_constant<int, first + which * kWith>(), batch_, unit, token_,
                    v[which][decltype(token_)::value]);
             });
-            if constexpr (One) done(batch_, std::integral_constant<int, first + which>(), unit);
+            if constexpr (One) done(batch_, std::integral_constant<int, first + which * kWith>(), unit);
           });
+          if constexpr (kExchanged) {
+            const bool exchange = c & 2;
+#pragma unroll
+            for (int i = 0; i < 4 * kSubs; i++) {
+              uint32_t &x = (&v[0][0][0])[i], &y = (&v[kAtOnce - 1][0][0])[i];
+              const uint32_t low = x, high = y;
+              x = exchange ? high : low, y = exchange ? low : high;
+            }
+          }
           if constexpr (One) {
             const auto pair = [&](int token, int i) { return v[i / kSubs][token][i % kSubs]; };
 #pragma unroll
@@ -1174,25 +1215,28 @@ struct Block : RowBlock {
 #pragma unroll
               for (int t = 0; t < 4; t += 2)
                 mma_dense(o[(first * kSubs + i) / 2], {pair(t, i), pair(t, i + 1), pair(t + 1, i), pair(t + 1, i + 1)},
-                          p[0][0][t], p[0][0][t + 1]);
+                          p[0][t], p[0][t + 1]);
           } else {
 #pragma unroll
-            for (int sub = 0; sub < kSubs; sub++) {
+            for (int which = 0; which < kAtOnce; which++) {
 #pragma unroll
-              for (int qt = 0; qt < S::kTiles; qt++) {
+              for (int sub = 0; sub < kSubs; sub++) {
+                auto& x = o[first + which * kWith][sub];
+                const auto& y = v[which];
                 if constexpr (S::Rows == 2) {
-                  mma_dense(o[qt][first][sub][0], p[qt][0], v[0][0][sub], v[0][1][sub]);
-                  mma_dense(o[qt][first][sub][0], p[qt][1], v[0][2][sub], v[0][3][sub]);
+                  mma_dense(x[0], p[0], y[0][sub], y[1][sub]);
+                  mma_dense(x[0], p[1], y[2][sub], y[3][sub]);
                 } else {
-                  mma_dense(o[qt][first][sub][0], p[qt][0], prmt(v[0][0][sub], v[0][1][sub], 0x5410),
-                            prmt(v[0][2][sub], v[0][3][sub], 0x5410));
-                  mma_dense(o[qt][first][sub][1], p[qt][0], prmt(v[0][0][sub], v[0][1][sub], 0x7632),
-                            prmt(v[0][2][sub], v[0][3][sub], 0x7632));
+                  mma_dense(x[0], p[0], prmt(y[0][sub], y[1][sub], 0x5410), prmt(y[2][sub], y[3][sub], 0x5410));
+                  mma_dense(x[1], p[0], prmt(y[0][sub], y[1][sub], 0x7632), prmt(y[2][sub], y[3][sub], 0x7632));
                 }
               }
             }
           }
-          if constexpr (!One) done(batch_, steps_, unit);
+          if constexpr (!One)
+            static_for<kAtOnce>([&](auto which_) {
+              done(batch_, std::integral_constant<int, first + decltype(which_)::value * kWith>(), unit);
+            });
         });
       });
     }
@@ -1216,7 +1260,7 @@ struct Block : RowBlock {
     }
     const uint32_t live = __ballot_sync(~0u, any);
     // As many units are asked for at once as registers allow.
-    constexpr int kUnits = S::Rows <= 4 ? 1 : 4, kBatches = 4 / kUnits;
+    constexpr int kUnits = 1, kBatches = 4 / kUnits;
     uint32_t values[kBatches][V::kSteps][kSubs];
     accumulate<kUnits, One>(
         o, link, it, last,
@@ -1275,7 +1319,7 @@ struct Block : RowBlock {
   // Writes a pair's numerators, [4 rotations][Rows][D], pairs of channels in the order `spread`.
   template <bool One>
   __device__ void store_values(const Outputs<One>& o, float* to) const {
-    const int r = n & 3, rh = n >> 2;
+    const int r = n & (S::kRotations - 1), rh = n / S::kRotations;
     to += (One ? which() : r * S::Rows + rh) * S::D;
     static_for<V::kSteps>([&](auto step_) {
       constexpr int step = decltype(step_)::value;
@@ -1293,16 +1337,13 @@ struct Block : RowBlock {
             const int i = step * kSubs + sub, rotation = 2 * (c & 1) + j, channel = c >> 1;
             to[rotation * S::Rows * S::D + line(n, rotation, sub) + channel] = o[i / 2][i % 2 * 2 + j];
           } else {
-#pragma unroll
-            for (int qt = 0; qt < S::kTiles; qt++) {
-              float2* at = reinterpret_cast<float2*>(to + 4 * qt * S::D + line(2 * c + j, r, sub));
-              const auto& x = o[qt][step][sub];
-              if constexpr (S::Rows == 2) {
-                at[0] = {x[0][j], x[0][j + 2]};
-              } else {
-                at[0] = {x[0][j], x[1][j]};
-                at[S::D] = {x[0][j + 2], x[1][j + 2]};  // row rh + 2: 2 D floats on
-              }
+            float2* at = reinterpret_cast<float2*>(to + line(2 * c + j, r, sub));
+            const auto& x = o[step][sub];
+            if constexpr (S::Rows == 2) {
+              at[0] = {x[0][j], x[0][j + 2]};
+            } else {
+              at[0] = {x[0][j], x[1][j]};
+              at[S::D / 2 * S::kApartRows] = {x[0][j + 2], x[1][j + 2]};  // so many rows on
             }
           }
         }
@@ -1314,7 +1355,7 @@ struct Block : RowBlock {
 
   // Merges the pairs of this block: the result if there is one split, else its part of it. A thread takes pairs of
   // channels.
-  static constexpr int kPart = 4 * S::Rows * S::D;  // numerators of a pair
+  static constexpr int kPart = S::kRotations * S::Rows * S::D;  // numerators of a pair
   __device__ void finish(const float* numerators) const {
     constexpr int kLine = S::kLine;
     for (int i = threadIdx.x; i < rows * kLine; i += S::kThreads) {
@@ -1334,7 +1375,7 @@ struct Block : RowBlock {
       for (int pair = 0; pair < S::kPairs; pair++) {
         float2 x = {0.f, 0.f};
 #pragma unroll
-        for (int rotation = 0; rotation < 4; rotation++) {
+        for (int rotation = 0; rotation < S::kRotations; rotation++) {
           const float2 y = *reinterpret_cast<const float2*>(
               &numerators[pair * kPart + (rotation * S::Rows + r) * S::D + 2 * spread<S::VD>(line)]);
           x.x += y.x, x.y += y.y;
@@ -1456,9 +1497,10 @@ struct Block : RowBlock {
       publish(s, state, link, it);
     }
 #pragma unroll
-    for (int rr = 0; rr < S::kLaneRows; rr++) {
+    for (int rr = 0; rr < S::kHalves; rr++) {
+      if constexpr (S::kExchanges) state.sum[rr] += state.sum[rr + S::kHalves];
 #pragma unroll
-      for (int step = 8; step; step /= 2) state.sum[rr] += __shfl_xor_sync(~0u, state.sum[rr], across(step));
+      for (int step = kWidest; step; step /= 2) state.sum[rr] += __shfl_xor_sync(~0u, state.sum[rr], across(step));
       if (own() != 0) continue;
       float2& to = scratch.ends[pair][lane_row(rr)];
       if (others(rr)) state.top[rr] = kLowest, state.sum[rr] = 0.f;

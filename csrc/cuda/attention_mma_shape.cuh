@@ -37,13 +37,18 @@ struct Shape {
   // Rows of the batch that share a block and its tables, 1 or 2. Of two each has one query row.
   static constexpr int kBatch = Batch;
   static_assert(Batch == 1 || (Batch == 2 && kLookedUpA));
-  static constexpr int kTiles = Rows > 4 ? 2 : 1;    // A operands of 4 query rows
-  static constexpr int kHalves = Rows == 2 ? 1 : 2;  // query rows of a lane in a tile: rh, and rh + 2
-  static constexpr int kLaneRows = kTiles * kHalves;
+  static constexpr int kTiles = Rows > 4 ? 2 : 1;  // of 4 query rows, as prepared queries are stored
+  // Rows of A are query rows x rotations: of eight query rows two, and lanes exchange what they look up for the others.
+  static constexpr int kRotations = Rows > 4 ? 2 : 4;
+  static constexpr bool kExchanges = kRotations == 2;
+  static constexpr int kHalves = Rows == 2 ? 1 : 2;  // query rows of a lane: rh, and rh + kApartRows
+  static constexpr int kApartRows = Rows > 4 ? 4 : 2;
+  static constexpr int kOwn = kExchanges ? 2 : 1;   // fours of tokens of a lane in a tile
+  static constexpr int kLaneRows = kOwn * kHalves;  // first of one four, then of the other
   // Keys' and values' tables too large for one block: keys' warps in one, values' in another of a cluster of two.
   static constexpr bool kApart = D > 128;
   // Of warps: a register that spills, or codes of half a tile instead of a whole one, cost more than a pair brings.
-  static constexpr int kPairs = kApart ? 8 : Rows == 8 ? 4 : Rows == 4 || VD < 8 ? 6 : 8;
+  static constexpr int kPairs = kApart ? 8 : Rows >= 4 || VD < 8 ? 6 : 8;
   // Whether a register is left for a lane's number, which else is asked for wherever it is used.
   static constexpr bool kHoldsLane = Rows == 4 && VD < 8 && !kApart;
   static constexpr int kBlocks = kApart ? 2 : 1;          // of a split
@@ -58,9 +63,9 @@ struct Shape {
   static constexpr int kTableBytes = kApart     ? (K::kBytes > V::kBytes ? K::kBytes : V::kBytes)
                                      : kOnePage ? kPage
                                                 : kValueTable + V::kBytes;
-  static constexpr int kLine = D / 2;        // pairs of channels
-  static constexpr int kFrames = 16 / Rows;  // whose queries are prepared with one product
-  static constexpr int kKept = 8 / kTiles;   // frames whose queries stay in shared memory
+  static constexpr int kLine = D / 2;             // pairs of channels
+  static constexpr int kFrames = 16 / Rows;       // whose queries are prepared with one product
+  static constexpr int kKept = Rows > 4 ? 2 : 8;  // frames whose queries stay in shared memory
 };
 
 // Where a query row of the block is.
