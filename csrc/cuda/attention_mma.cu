@@ -48,14 +48,21 @@ __global__ void merge_kernel(const __grid_constant__ Attention a) {
 }  // namespace
 
 int attention_mma_tables(int64_t D, int64_t k_dim, int64_t v_dim, int shared) {
-  const auto of = mma::instance(D, k_dim, v_dim, shared, INT64_MAX);
+  const auto of = mma::instance(D, k_dim, v_dim, shared, INT64_MAX, 1);
   return of ? of->table_bytes : 0;
+}
+
+int attention_mma_rows(const Attention& a) {
+  if (a.rows <= 8) return a.rows <= 4 ? 4 : 8;
+  const Layer& x = a.layer;
+  const auto of = mma::instance(x.D, x.k.d, x.v.d, a.shared, INT64_MAX, a.rows);
+  return of->sixteen_rows && of->table_bytes + scratch_bytes(x.D, 16) <= a.shared ? 16 : 8;
 }
 
 cudaError_t attention_mma_launch(const Attention& a, cudaStream_t stream) {
   const Layer& x = a.layer;
   const int64_t tokens = std::min(x.k.slots, x.v.slots) / a.splits;
-  return mma::instance(x.D, x.k.d, x.v.d, a.shared, tokens)->launch(a, stream);
+  return mma::instance(x.D, x.k.d, x.v.d, a.shared, tokens, a.block_rows)->launch(a, stream);
 }
 
 namespace mma {
@@ -104,7 +111,14 @@ char given_tables() {
 // whatever the memory: measured on an H200.
 constexpr int64_t kFewTokens = 3000;
 
-const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim, int shared, int64_t tokens) {
+const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim, int shared, int64_t tokens, int rows) {
+  const auto all = {instances_64(), instances_96(), instances_128(), instances_256(), instances_narrow()};
+  if (rows > 8)
+    for (const Instance* list : all)
+      for (; list->launch; list++)
+        if (list->D == D && list->k_dim == k_dim && list->v_dim == v_dim && list->sixteen_rows &&
+            list->table_bytes + scratch_bytes(D, 16) <= shared)
+          return list;
   // Measured where keys' narrow table is all that differs (one page instead of two).
   static const bool slow = slow_memory();  // GPUs of one machine are taken to be alike
   const bool narrow = given_tables() ? given_tables() == 'n' : slow || tokens <= kFewTokens;
@@ -114,7 +128,7 @@ const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim, int shared, in
           list->table_bytes + scratch_bytes(D) <= shared)
         return list;
   const Instance* smallest = nullptr;
-  for (const Instance* list : {instances_64(), instances_96(), instances_128(), instances_256(), instances_narrow()})
+  for (const Instance* list : all)
     for (; list->launch; list++) {
       if (list->D != D || list->k_dim != k_dim || list->v_dim != v_dim) continue;
       if (list->table_bytes + scratch_bytes(D) <= shared) return list;

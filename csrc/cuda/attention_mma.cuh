@@ -394,12 +394,16 @@ struct Block : RowBlock {
   // one of each batch.
   __device__ int lane_half() const { return (c & 1) ^ (n >> 1 & 1); }
   __device__ int own(int rr = 0) const {
-    return S::kLookedUpA   ? 4 * ((n & 3) ^ (2 * lane_half())) + (n >> 1)
-           : S::kExchanges ? (4 * ((n & 1) + 2 * (c & 1)) + c) ^ (8 * (rr / S::kHalves))
-                           : lane & 15;
+    if constexpr (S::kLookedUpA) return 4 * ((n & 3) ^ (2 * lane_half())) + (n >> 1);
+    if constexpr (!S::kExchanges) return lane & 15;
+    return (4 * (column_bit(rr) + 2 * (c & 1)) + c) ^ (8 * half_of(rr));
   }
+  // With exchanges a lane's score is that of column 2 c or 2 c + 1 of either half: which is the right one by the row's
+  // rotation, or with none each.
+  __device__ int column_bit(int rr) const { return S::kRotations == 1 ? rr / S::kHalves >> 1 : n & 1; }
+  static __device__ int half_of(int rr) { return rr / S::kHalves & 1; }
   // What lanes of the same rows differ by, in steps 1, 2, 4, 8 of what they do together.
-  static constexpr int kWidest = S::kExchanges ? 4 : 8;
+  static constexpr int kWidest = 2 * S::kRotations;
   static constexpr int across(int step) { return S::kLookedUpA && step == 2 ? 16 : step; }
 
   __device__ bool masked(int r, int slot) const {
@@ -440,9 +444,10 @@ struct Block : RowBlock {
     return {none ? -1 : slot, kind == 1, where.k + at * where.k_stride, where.v + at * where.v_stride};
   }
   // The ring's oldest slot holds for every row; how far the ring reaches back depends on the row.
-  __device__ bool sees(int r, const Token& t) const {
+  __device__ bool sees(int r, const Token& t) const { return sees(r, t.slot, t.in_ring); }
+  __device__ bool sees(int r, int slot, bool in_ring) const {
     const int position = scratch.rows[r].position;
-    return t.slot >= 0 && t.slot <= position && (!t.in_ring || t.slot > position - int(layer.R)) && !masked(r, t.slot);
+    return slot >= 0 && slot <= position && (!in_ring || slot > position - int(layer.R)) && !masked(r, slot);
   }
 
   // ---- codes ----
@@ -458,7 +463,7 @@ struct Block : RowBlock {
   static constexpr bool kByAddress = S::Rows != 4;
   // As measured, too: whether tiles of one frame have code of their own; whether a query's operands are loaded from a
   // few addresses and constants.
-  static constexpr bool kPeels = S::VD < 8 || S::Rows == 8;
+  static constexpr bool kPeels = S::VD < 8 || S::Rows > 4;
   static constexpr bool kFewAddresses = S::KD == 2 && S::Rows <= 4;
   static constexpr int kKeyTile = kTile * S::D / S::KD, kValueTile = kTile * S::D / S::VD;  // bytes
   using Words = uint32_t[kWords];
@@ -484,17 +489,16 @@ struct Block : RowBlock {
 
   // ---- prepared queries ----
 
-  // Where they lie: `tiles` tiles of 4 rows for each frame from `frame` on, `stride` apart.
+  // Where they lie: the block's for each frame from `frame` on, `stride` apart.
   struct Prepared {
     uint2* at;
-    int frame, stride, tiles;
+    int frame, stride;
   };
   __device__ Prepared prepared(const Frames& frames) const {
-    if (frames.end - frames.begin <= S::kKept)
-      return {&scratch.prepared[0][0][0], frames.begin, S::kTiles * S::D, S::kTiles};
-    const int tiles = (a.rows + 3) / 4;
-    return {static_cast<uint2*>(a.prepared) + (head() * a.frames * tiles + row0 / 4) * S::D, 0, tiles * S::D,
-            min(S::kTiles, tiles - row0 / 4)};
+    if (frames.end - frames.begin <= S::kKept) return {scratch.prepared[0], frames.begin, S::kOperands};
+    const int units = (a.rows + S::kOperandRows - 1) / S::kOperandRows;
+    return {static_cast<uint2*>(a.prepared) + (head() * a.frames * units + row0 / S::kOperandRows) * S::kOperands, 0,
+            units * S::kOperands};
   }
 
   // A warp's columns of T^-1, `kUnits` times 8 channels, as B operands of two steps at a time. They stay in registers
@@ -528,35 +532,47 @@ struct Block : RowBlock {
   }
 
   // Where row r's channels `channel` and the next are in operands of the block's query rows, counted in half2:
-  // [r / 4][subspace][r & 1][pair of channels][r / 2 & 1]. `load_query` reads them.
+  // [subspace][r % kApartRows][pair of channels][r / kApartRows]. `load_query` reads them.
   static __device__ __forceinline__ uint32_t operand(uint32_t r, uint32_t channel) {
-    return 2 * (r / 4 * S::D) + ((channel / S::KD * 2 + r % 2) * (S::KD / 2) + channel % S::KD / 2) * 2 + r / 2 % 2;
+    constexpr uint32_t kApart = S::kApartRows;
+    return ((channel / S::KD * kApart + r % kApart) * (S::KD / 2) + channel % S::KD / 2) * 2 + r / kApart;
   }
 
   // The block's queries, divided by a power of two so that fp16 neither overflows nor loses small ones: for `prepare`,
   // and as operands for exact tokens. A warp a row, from the last but one down: the last describes, the first have
   // exact tokens. `asked`: the warp's first row, asked for early.
   static constexpr int kQueryWords = (S::kLine + kWarp - 1) / kWarp;
-  using Asked = uint32_t[kQueryWords];
+  static constexpr int kTurns = (S::Rows + S::kPairs - 1) / S::kPairs;  // rows of a warp
+  using Asked = uint32_t[kTurns][kQueryWords];
+  using From = const uint32_t* [kTurns];
   __device__ int first_row() const { return (2 * S::kPairs - 2 - warp) % S::kPairs; }
   __device__ const uint32_t* query_words(int r) const {
     const int row = min(r, rows - 1);
     return reinterpret_cast<const uint32_t*>(query_row(row, b + batch_row(row)));
   }
-  __device__ void ask_query(int r, const uint32_t* from, Asked& to) const {
+  __device__ void find_queries(From& from) const {
 #pragma unroll
-    for (int i = 0; i < kQueryWords; i++)
-      to[i] = r < rows && i * kWarp + lane < S::kLine ? __ldcg(from + i * kWarp + lane) : 0;
+    for (int turn = 0; turn < kTurns; turn++) from[turn] = query_words(first_row() + turn * S::kPairs);
+  }
+  __device__ void ask_queries(const From& from, Asked& to) const {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; turn++)
+#pragma unroll
+      for (int i = 0; i < kQueryWords; i++)
+        to[turn][i] = first_row() + turn * S::kPairs < rows && i * kWarp + lane < S::kLine
+                          ? __ldcg(from[turn] + i * kWarp + lane)
+                          : 0;
   }
   __device__ void load_queries(Asked& asked) const {
 #pragma unroll 1
     for (int r = first_row(); r < S::Rows; r += S::kPairs) {
-      if (r != first_row()) ask_query(r, query_words(r), asked);
       float2 x[kQueryWords];
       float most = 0.f;
 #pragma unroll
       for (int i = 0; i < kQueryWords; i++) {
-        x[i] = to_floats(asked[i], layer.dtype);
+        x[i] = to_floats(asked[0][i], layer.dtype);
+#pragma unroll
+        for (int turn = 1; turn < kTurns; turn++) asked[turn - 1][i] = asked[turn][i];
         most = fmaxf(most, fmaxf(fabsf(x[i].x), fabsf(x[i].y)));
       }
       float power = __int_as_float(__float_as_int(warp_max(most)) & 0x7f800000);
@@ -641,23 +657,26 @@ struct Block : RowBlock {
   // The warps for scores rotate for all products but the first, one ahead of those that multiply: a thread always the
   // same pair of channels.
   __device__ void help_prepare(const Frames& frames) const {
-    constexpr int kAtOnce = S::kHalf / S::kLine, kTurns = (S::kFrames + kAtOnce - 1) / kAtOnce;
+    // A part is some rows of a frame, whose queries fit a thread's registers.
+    constexpr int kRows = S::Rows < 8 ? S::Rows : 8, kParts = 16 / kRows, kOfFrame = S::Rows / kRows;
+    constexpr int kAtOnce = S::kHalf / S::kLine, kTurns = (kParts + kAtOnce - 1) / kAtOnce;
+    static_assert(kTurns == 1 || kOfFrame == 1);
     const Rotation by = rotation();
     const int count = products(frames);
     if (count < 2) return;
-    const int own = int(threadIdx.x) / S::kLine;  // the first of the frames that the thread turns to
-    const Pair<S::Rows> pair = take<S::Rows>(by, 0, threadIdx.x % S::kLine);
+    const int own = int(threadIdx.x) / S::kLine;  // the first of the parts that the thread turns to
+    const Pair<kRows> pair = take<kRows>(by, own % kOfFrame * kRows, threadIdx.x % S::kLine);
 #pragma unroll 1
     for (int product = 1; product < count; product++) {
       named_sync(kTurnedFree + (product & 1), S::kThreads);
-      __half x[kTurns][S::Rows], y[kTurns][S::Rows];
+      __half x[kTurns][kRows], y[kTurns][kRows];
 #pragma unroll
       for (int i = 0; i < kTurns; i++)
-        turn<S::Rows>(by, pair, frames.begin + product * S::kFrames + own + i * kAtOnce, x[i], y[i]);
+        turn<kRows>(by, pair, frames.begin + product * S::kFrames + (own + i * kAtOnce) / kOfFrame, x[i], y[i]);
 #pragma unroll
       for (int i = 0; i < kTurns; i++)
-        if (const int frame = own + i * kAtOnce; own < kAtOnce && frame < S::kFrames)
-          put<S::Rows>(pair, x[i], y[i], &scratch.turned[product & 1][frame * S::Rows]);
+        if (const int part = own + i * kAtOnce; own < kAtOnce && part < kParts)
+          put<kRows>(pair, x[i], y[i], &scratch.turned[product & 1][part * kRows]);
       named_arrive(kTurnedFull + (product & 1), S::kThreads);
     }
   }
@@ -673,7 +692,7 @@ struct Block : RowBlock {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const uint32_t row = n + 8 * i, r = row % S::Rows, channel = 8 * unit(0) + 2 * c;
-      frame[i] = r / 4 < to.tiles ? frames.begin + row / S::Rows : kMaxSlot;
+      frame[i] = frames.begin + row / S::Rows;
       at[i] = reinterpret_cast<__half2*>(to.at) +
               int64_t(frames.begin + int(row / S::Rows) - to.frame) * (2 * to.stride) + operand(r, channel);
     }
@@ -736,10 +755,30 @@ struct Block : RowBlock {
     const Group group = group_of(K::kSteps, step);
     return group.first + ((step - group.first) ^ (r & (group.width - 1)));
   }
-  // What lanes exchange: of groups of four steps.
+  // The bits of its rotation for which a lane exchanges what it looks up in steps of a group, those that A has no rows
+  // for.
   template <class Table>
-  static constexpr bool exchanged(int step) {
-    return S::kExchanges && group_of(Table::kSteps, step).width == 4;
+  static constexpr int exchanged(int step) {
+    return (group_of(Table::kSteps, step).width - 1) & ~(S::kRotations - 1) & 3;
+  }
+  // Steps of which all is looked up before the first product: what lanes exchange, and what one product takes (bit 0:
+  // two steps that follow each other). They differ in these bits from the one without any.
+  struct Steps {
+    int bits, count;
+    constexpr Steps(int bits) : bits(bits), count(bits == 3 ? 4 : bits ? 2 : 1) {}
+    constexpr int from(int first, int i) const { return first + (bits == 2 ? 2 * i : i); }
+    constexpr int apart(int bit) const { return bits == 2 ? 1 : bit; }
+  };
+  template <int Count, int Words>
+  static __device__ __forceinline__ void exchange(uint32_t (&x)[Count][Words], int apart, bool exchanges) {
+#pragma unroll
+    for (int i = 0; i < Count; i++)
+#pragma unroll
+      for (int word = 0; word < Words; word++)
+        if (!(i & apart)) {
+          const uint32_t low = x[i][word], high = x[i + apart][word];
+          x[i][word] = exchanges ? high : low, x[i + apart][word] = exchanges ? low : high;
+        }
   }
 
   // With it operands are registers of their own, which a zero that the compiler knows is not: that would be moved next
@@ -749,10 +788,10 @@ struct Block : RowBlock {
   // The lane's part of the operands of a frame.
   __device__ __forceinline__ void load_query(int frame, const Prepared& prepared, Query& q) const {
     const int r = n & (S::kRotations - 1), rh = n / S::kRotations ^ which();
-    // [tile][step][c][rh & 1][pair of channels][rh / 2] half2
-    constexpr int kStep = 8 * (S::KD / 2);
+    // [step][c][rh][pair of channels][rh, rh + kApartRows] half2
+    constexpr int kStep = 4 * S::kApartRows * (S::KD / 2);
     const uint2* from =
-        prepared.at + int64_t(frame - prepared.frame) * prepared.stride + (c * 2 + (rh & 1)) * (S::KD / 2);
+        prepared.at + int64_t(frame - prepared.frame) * prepared.stride + (c * S::kApartRows + rh) * (S::KD / 2);
     const uint2* four[4];  // of a group of four steps
 #pragma unroll
     for (int x = 0; x < 4; x++) four[x] = opaque(from + (x ^ r) * kStep);
@@ -763,14 +802,8 @@ struct Block : RowBlock {
                                                                   : from + rotated(step, r) * kStep;
 #pragma unroll
       for (int sub = 0; sub < S::KD / 2; sub++) {
-        const int u = step * (S::KD / 2) + sub;  // pair of depths: operand u / 2, its lower or upper half
-        if constexpr (S::kExchanges) {
-          const uint32_t* const x = reinterpret_cast<const uint32_t*>(mine + sub) + (rh >> 1);
-          q[u / 2][u % 2 * 2] = x[0];
-          q[u / 2][u % 2 * 2 + 1] = prepared.tiles > 1 ? x[2 * S::D] : 0u;
-          continue;
-        }
         const uint2 x = mine[sub];
+        const int u = step * (S::KD / 2) + sub;  // pair of depths: operand u / 2, its lower or upper half
         if constexpr (S::kLookedUpA)
           q[u / 2][u % 2] = x.x;
         else
@@ -783,9 +816,11 @@ struct Block : RowBlock {
 
   // Of a later frame, to the L1 cache.
   __device__ void prefetch_query(int frame, const Prepared& prepared) const {
-    if (lane < prepared.tiles * S::D / 16 && frame < scratch.frames.end && prepared.at != &scratch.prepared[0][0][0])
-      asm volatile("prefetch.global.L1 [%0];" ::"l"(prepared.at + int64_t(frame - prepared.frame) * prepared.stride +
-                                                    lane * 16));
+    if (frame >= scratch.frames.end || prepared.at == scratch.prepared[0]) return;
+    const uint2* const from = prepared.at + int64_t(frame - prepared.frame) * prepared.stride;
+#pragma unroll
+    for (int line = 0; line < S::kOperands / 16; line += kWarp)
+      if (line + lane < S::kOperands / 16) asm volatile("prefetch.global.L1 [%0];" ::"l"(from + (line + lane) * 16));
   }
 
   // Waits for the loads of a query here: else the first instruction of every tile that uses it might wait, and with it
@@ -803,58 +838,40 @@ struct Block : RowBlock {
   using Products = float[S::kLookedUpA ? 1 : 2][4];  // of a batch
   template <int Batches, class Look>
   __device__ __forceinline__ void multiply(const Query& q, Products (&acc)[Batches], const Look& look) const {
-    constexpr int kOperands = S::D / 16, kPerLookup = S::KD == 8 ? 2 : 1;  // operands that a step's lookup fills
-    // What is exchanged, lookups of steps s and s ^ 2, lies in these.
-    constexpr int kWith = S::KD == 2 ? 1 : 2;
-    static_for<kOperands / kPerLookup>([&](auto t_) {
-      constexpr int t = decltype(t_)::value;
-      constexpr bool kBoth = exchanged<K>(S::KD == 2 ? 2 * t : t);
-      if constexpr (kBoth && (t & kWith)) return;
-      constexpr int kCount = kBoth ? 2 : 1;
+    static_for<K::kSteps>([&](auto step_) {
+      constexpr int first = decltype(step_)::value;
+      constexpr Steps steps(exchanged<K>(first) | (S::KD == 2));
+      if constexpr (first & steps.bits) return;
       static_for<Batches>([&](auto batch_) {
-        uint32_t x[2][kCount][2 * kPerLookup];
+        uint32_t x[2][steps.count][S::KD / 2];
         static_for<2>([&](auto half_) {
           constexpr int half = decltype(half_)::value;
-          static_for<kCount>([&](auto which_) {
-            constexpr int which = decltype(which_)::value, at = t + which * kWith;
-            if constexpr (S::KD == 2) {
-              uint32_t low[1], high[1];
-              look(std::integral_constant<int, 2 * at>(), batch_, half_, low);
-              look(std::integral_constant<int, 2 * at + 1>(), batch_, half_, high);
-              x[half][which][0] = low[0], x[half][which][1] = high[0];
-            } else {
-              look(std::integral_constant<int, at>(), batch_, half_, x[half][which]);
-            }
+          static_for<steps.count>([&](auto i_) {
+            constexpr int i = decltype(i_)::value;
+            look(std::integral_constant<int, steps.from(first, i)>(), batch_, half_, x[half][i]);
           });
-          if constexpr (kBoth) {
-            const bool exchange = (n >> 1 & 1) != half;
-#pragma unroll
-            for (int i = 0; i < 2 * kPerLookup; i++) {
-              const uint32_t first = x[half][0][i], second = x[half][kCount - 1][i];
-              x[half][0][i] = exchange ? second : first, x[half][kCount - 1][i] = exchange ? first : second;
-            }
-          }
-          if constexpr (!S::kLookedUpA) {
-#pragma unroll
-            for (int which = 0; which < kCount; which++)
-#pragma unroll
-              for (int u = 0; u < kPerLookup; u++)
-                mma_dense(acc[decltype(batch_)::value][half], q[(t + which * kWith) * kPerLookup + u],
-                          x[half][which][2 * u], x[half][which][2 * u + 1]);
+          if constexpr (exchanged<K>(first) & 2) exchange(x[half], steps.apart(2), (n >> 1 & 1) != half);
+          if constexpr (exchanged<K>(first) & 1) exchange(x[half], steps.apart(1), n & 1);
+        });
+        // Two registers of them, one below the other, are the depths of an operand.
+        constexpr int kPairs = S::KD == 8 ? 2 : 1;  // of a step, or of two
+        static_for<steps.count * S::KD / 4>([&](auto u_) {
+          constexpr int u = decltype(u_)::value, i = S::KD == 2 ? 2 * u : u / kPairs;
+          constexpr int at = steps.from(first, i) * (S::KD / 2) / 2 + u % kPairs;
+          const auto word = [&](int half, int k) { return (&x[half][0][0])[2 * u + k]; };
+          if constexpr (S::kLookedUpA) {
+            mma_dense(acc[decltype(batch_)::value][0], {word(0, 0), word(1, 0), word(0, 1), word(1, 1)}, q[at][0],
+                      q[at][1]);
+          } else {
+            mma_dense(acc[decltype(batch_)::value][0], q[at], word(0, 0), word(0, 1));
+            mma_dense(acc[decltype(batch_)::value][1], q[at], word(1, 0), word(1, 1));
           }
         });
-        if constexpr (S::kLookedUpA) {
-#pragma unroll
-          for (int u = 0; u < kPerLookup; u++)
-            mma_dense(acc[decltype(batch_)::value][0],
-                      {x[0][0][2 * u], x[1][0][2 * u], x[0][0][2 * u + 1], x[1][0][2 * u + 1]},
-                      q[t * kPerLookup + u][0], q[t * kPerLookup + u][1]);
-        }
       });
     });
   }
 
-  // The right scores of a batch for each of the lane's rows: one, or one of each half.
+  // The right scores of a batch for each of the lane's rows: one, one of each half, or all.
   __device__ __forceinline__ void pick(const Products& acc, float (&s)[S::kLaneRows]) const {
     const int r = n & 3;
     const bool odd = r & 1, upper = (c & 1) ^ (r >> 1);
@@ -866,7 +883,8 @@ struct Block : RowBlock {
         const float low = odd ? x[1] : x[0], high = odd ? x[3] : x[2];
         s[rr] = upper ? high : low;
       } else if constexpr (S::kExchanges) {
-        s[rr] = odd ? acc[rr / S::kHalves][e + 1] : acc[rr / S::kHalves][e];
+        const float (&x)[4] = acc[half_of(rr)];
+        s[rr] = column_bit(rr) ? x[e + 1] : x[e];
       } else {
         const float low = odd ? acc[0][e + 1] : acc[0][e], high = odd ? acc[1][e + 1] : acc[1][e];
         s[rr] = upper ? high : low;
@@ -875,7 +893,7 @@ struct Block : RowBlock {
   }
 
   struct Softmax {
-    float top[S::kLaneRows], sum[S::kLaneRows], magnitude[S::kLaneRows];
+    float top[S::kHalves], sum[S::kHalves], magnitude[S::kHalves];
   };
 
   // Where the warps of a pair meet: addresses in shared memory of the first of two slots, and of the barriers that say
@@ -901,45 +919,43 @@ struct Block : RowBlock {
     const int own = this->own();
     const uint32_t slot = link.slot + (it & 1) * sizeof(Slot), full = link.full + (it & 1) * 8,
                    factor = slot + offsetof(Slot, factor);
-    float highest[S::kLaneRows];
+    float highest[S::kHalves];
     bool raise = false;
 #pragma unroll
-    for (int rr = 0; rr < S::kLaneRows; rr++) {
-      highest[rr] = fmaxf(fmaxf(s[rr][0], s[rr][1]), fmaxf(s[rr][2], s[rr][3])) * state.magnitude[rr];
+    for (int rr = 0; rr < S::kHalves; rr++) {
+      const auto of_four = [](const float (&x)[4]) { return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])); };
+      float most = of_four(s[rr]);
+#pragma unroll
+      for (int o = 1; o < S::kOwn; o++) most = fmaxf(most, of_four(s[o * S::kHalves + rr]));
+      highest[rr] = most * state.magnitude[rr];
       raise |= highest[rr] > state.top[rr] + kLazy;
     }
-    if constexpr (S::kExchanges) {  // a query row's other four
-#pragma unroll
-      for (int rr = 0; rr < S::kHalves; rr++)
-        highest[rr] = highest[rr + S::kHalves] = fmaxf(highest[rr], highest[rr + S::kHalves]);
-    }
     raise = __any_sync(~0u, raise);
-    float factors[S::kLaneRows] = {};
+    float factors[S::kHalves] = {};
     barrier_wait(link.empty(it), (it >> 1 & 1) ^ 1);
     if (raise) {
 #pragma unroll
-      for (int rr = 0; rr < S::kLaneRows; rr++) {
+      for (int rr = 0; rr < S::kHalves; rr++) {
 #pragma unroll
         for (int step = kWidest; step; step /= 2)
           highest[rr] = fmaxf(highest[rr], __shfl_xor_sync(~0u, highest[rr], across(step)));
         highest[rr] = fmaxf(highest[rr], state.top[rr]);
         factors[rr] = exp2_fast(state.top[rr] - highest[rr]);
         state.top[rr] = highest[rr], state.sum[rr] *= factors[rr];
-        if (!S::kApart && own == 0 && rr < S::kHalves)
-          store_shared(factor + 4 * column_row(rr), __float_as_uint(factors[rr]));
+        if (!S::kApart && own == 0) store_shared(factor + 4 * column_row(rr), __float_as_uint(factors[rr]));
       }
     }
 #pragma unroll
     for (int o = 0; o < S::kOwn; o++) {
       Four four;
 #pragma unroll
-      for (int half = 0; half < S::kHalves; half++) {
-        const int rr = o * S::kHalves + half;
+      for (int rr = 0; rr < S::kHalves; rr++) {
+        const float (&x)[4] = s[o * S::kHalves + rr];
         float p[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) p[i] = exp2_fast(fmaf(s[rr][i], state.magnitude[rr], -state.top[rr]));
+        for (int i = 0; i < 4; i++) p[i] = exp2_fast(fmaf(x[i], state.magnitude[rr], -state.top[rr]));
         state.sum[rr] += (p[0] + p[1]) + (p[2] + p[3]);
-        uint32_t* const to = reinterpret_cast<uint32_t*>(&four) + half;
+        uint32_t* const to = reinterpret_cast<uint32_t*>(&four) + rr;
         to[0] = half2_bits(p[0], p[1]), to[S::kHalves] = half2_bits(p[2], p[3]);
         if constexpr (S::kApart)
           if (own == 0 && o == 0) send(factor + 4 * column_row(rr), __float_as_uint(factors[rr]), full);
@@ -995,9 +1011,18 @@ struct Block : RowBlock {
     float x[S::kLaneRows];
     pick(acc[0], x);
 #pragma unroll
-    for (int rr = 0; rr < S::kLaneRows; rr++) {
-      s[rr][0] = sees(lane_row(rr), S::kExchanges ? token(group * kGroup + own(rr)) : mine) ? x[rr] : -INFINITY;
-      s[rr][1] = s[rr][2] = s[rr][3] = -INFINITY;
+    for (int o = 0; o < S::kOwn; o++) {
+      int slot = mine.slot;
+      bool in_ring = mine.in_ring;
+      if constexpr (S::kExchanges) {
+        const int from = own(o * S::kHalves);
+        slot = __shfl_sync(~0u, slot, from), in_ring = __shfl_sync(~0u, int(in_ring), from);
+      }
+#pragma unroll
+      for (int rr = o * S::kHalves; rr < (o + 1) * S::kHalves; rr++) {
+        s[rr][0] = sees(lane_row(rr), slot, in_ring) ? x[rr] : -INFINITY;
+        s[rr][1] = s[rr][2] = s[rr][3] = -INFINITY;
+      }
     }
   }
 
@@ -1170,7 +1195,7 @@ struct Block : RowBlock {
       if (unit > 0) ask(unit);
       static_for<4 / Units>([&](auto batch_) {
         constexpr int batch = decltype(batch_)::value;
-        // Operands: of four and eight rows; of two rows (two of them) and of one, for one channel or the other.
+        // Operands: of four rows and more; of two rows (two of them) and of one, for one channel or the other.
         uint32_t p[2][4];
         Four four;
         load_shared(shares + 4 * (unit * (4 / Units) + batch) * sizeof(Four), four);
@@ -1186,56 +1211,47 @@ struct Block : RowBlock {
         }
         static_for<V::kSteps>([&](auto steps_) {
           constexpr int first = decltype(steps_)::value;
-          // Steps at once: two that one product takes, or that lanes exchange.
-          constexpr bool kExchanged = exchanged<V>(first);
-          constexpr int kAtOnce = (One && kSubs == 1) || kExchanged ? 2 : 1, kWith = kExchanged ? 2 : 1;
-          if constexpr (kAtOnce == 2 && (first & kWith)) return;
-          uint32_t v[kAtOnce][4][kSubs];
-          static_for<kAtOnce>([&](auto which_) {
-            constexpr int which = decltype(which_)::value;
+          constexpr Steps steps(exchanged<V>(first) | (One && kSubs == 1));
+          if constexpr (first & steps.bits) return;
+          uint32_t v[steps.count][4 * kSubs];  // of four tokens
+          static_for<steps.count>([&](auto i_) {
+            constexpr int i = decltype(i_)::value, step = steps.from(first, i);
             static_for<4>([&](auto token_) {
-              look(std::integral_constant<int, first + which * kWith>(), batch_, unit, token_,
-                   v[which][decltype(token_)::value]);
+              look(std::integral_constant<int, step>(), batch_, unit, token_,
+                   reinterpret_cast<uint32_t (&)[kSubs]>(v[i][kSubs * decltype(token_)::value]));
             });
-            if constexpr (One) done(batch_, std::integral_constant<int, first + which * kWith>(), unit);
+            if constexpr (One) done(batch_, std::integral_constant<int, step>(), unit);
           });
-          if constexpr (kExchanged) {
-            const bool exchange = c & 2;
-#pragma unroll
-            for (int i = 0; i < 4 * kSubs; i++) {
-              uint32_t &x = (&v[0][0][0])[i], &y = (&v[kAtOnce - 1][0][0])[i];
-              const uint32_t low = x, high = y;
-              x = exchange ? high : low, y = exchange ? low : high;
-            }
-          }
+          if constexpr (exchanged<V>(first) & 2) exchange(v, steps.apart(2), c & 2);
+          if constexpr (exchanged<V>(first) & 1) exchange(v, steps.apart(1), c & 1);
           if constexpr (One) {
-            const auto pair = [&](int token, int i) { return v[i / kSubs][token][i % kSubs]; };
+            const auto pair = [&](int token, int i) { return v[i / kSubs][kSubs * token + i % kSubs]; };
 #pragma unroll
-            for (int i = 0; i < kAtOnce * kSubs; i += 2)
+            for (int i = 0; i < steps.count * kSubs; i += 2)
 #pragma unroll
               for (int t = 0; t < 4; t += 2)
                 mma_dense(o[(first * kSubs + i) / 2], {pair(t, i), pair(t, i + 1), pair(t + 1, i), pair(t + 1, i + 1)},
                           p[0][t], p[0][t + 1]);
           } else {
 #pragma unroll
-            for (int which = 0; which < kAtOnce; which++) {
+            for (int i = 0; i < steps.count; i++) {
 #pragma unroll
               for (int sub = 0; sub < kSubs; sub++) {
-                auto& x = o[first + which * kWith][sub];
-                const auto& y = v[which];
+                auto& x = o[steps.from(first, i)][sub];
+                const auto y = [&](int token) { return v[i][kSubs * token + sub]; };
                 if constexpr (S::Rows == 2) {
-                  mma_dense(x[0], p[0], y[0][sub], y[1][sub]);
-                  mma_dense(x[0], p[1], y[2][sub], y[3][sub]);
+                  mma_dense(x[0], p[0], y(0), y(1));
+                  mma_dense(x[0], p[1], y(2), y(3));
                 } else {
-                  mma_dense(x[0], p[0], prmt(y[0][sub], y[1][sub], 0x5410), prmt(y[2][sub], y[3][sub], 0x5410));
-                  mma_dense(x[1], p[0], prmt(y[0][sub], y[1][sub], 0x7632), prmt(y[2][sub], y[3][sub], 0x7632));
+                  mma_dense(x[0], p[0], prmt(y(0), y(1), 0x5410), prmt(y(2), y(3), 0x5410));
+                  mma_dense(x[1], p[0], prmt(y(0), y(1), 0x7632), prmt(y(2), y(3), 0x7632));
                 }
               }
             }
           }
           if constexpr (!One)
-            static_for<kAtOnce>([&](auto which_) {
-              done(batch_, std::integral_constant<int, first + decltype(which_)::value * kWith>(), unit);
+            static_for<steps.count>([&](auto i_) {
+              done(batch_, std::integral_constant<int, steps.from(first, decltype(i_)::value)>(), unit);
             });
         });
       });
@@ -1252,11 +1268,18 @@ struct Block : RowBlock {
   template <bool One>
   __device__ void exact_values(int group, Outputs<One>& o, const Link& link, int it, int last) const {
     const Token mine = token(group * kGroup + (lane & 15));
-    bool any = false;  // row sees it: what no row sees may be NaN
-#pragma unroll 1       // four copies of it are as many instructions to fetch
-    for (int r = One ? which() : 0; r < rows; r++) {
-      any |= sees(r, mine);
-      if constexpr (One) break;
+    bool any = sees(One ? which() : 0, mine);  // row sees it: what no row sees may be NaN
+    if constexpr (!One) {
+      // The rows' positions follow each other: without a mask, what lies between what the first and the last see is
+      // seen.
+      const int last_position = scratch.rows[rows - 1].position;
+      any = mine.slot >= 0 && mine.slot <= last_position &&
+            (!mine.in_ring || mine.slot > scratch.rows[0].position - int(layer.R));
+      if (a.mask != nullptr && any) {
+        any = false;
+#pragma unroll 1
+        for (int r = 0; r < rows; r++) any |= sees(r, mine);
+      }
     }
     const uint32_t live = __ballot_sync(~0u, any);
     // As many units are asked for at once as registers allow.
@@ -1443,11 +1466,11 @@ struct Block : RowBlock {
   __device__ bool others(int rr) const { return kTogether && column_row(rr) != 0; }
 
   __device__ void score(int pair, const Prepared& prepared) const {
-    const Prepared raw = {scratch.raw, 0, 0, S::kTiles};  // not rotated: exact tokens keep their positions
+    const Prepared raw = {scratch.raw, 0, 0};  // not rotated: exact tokens keep their positions
     Query q;
     Softmax state;
 #pragma unroll
-    for (int rr = 0; rr < S::kLaneRows; rr++)
+    for (int rr = 0; rr < S::kHalves; rr++)
       state.top[rr] = others(rr) ? -kLowest : kLowest, state.sum[rr] = 0.f,
       state.magnitude[rr] = scratch.magnitude[lane_row(rr)];
     float s[S::kLaneRows][4];
@@ -1498,7 +1521,6 @@ struct Block : RowBlock {
     }
 #pragma unroll
     for (int rr = 0; rr < S::kHalves; rr++) {
-      if constexpr (S::kExchanges) state.sum[rr] += state.sum[rr + S::kHalves];
 #pragma unroll
       for (int step = kWidest; step; step /= 2) state.sum[rr] += __shfl_xor_sync(~0u, state.sum[rr], across(step));
       if (own() != 0) continue;
@@ -1556,7 +1578,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
   Block<S> block(a, shared);
   block.begin();
-  const uint32_t* own_query = block.query_words(block.first_row());
+  typename Block<S>::From own_queries;
+  block.find_queries(own_queries);
   __syncthreads();
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -1574,7 +1597,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   // Who has arrived at the cluster's barrier is ready for the parts of other splits, which lie over `turned`.
   if (scores) {
     typename Block<S>::Asked asked;
-    block.ask_query(block.first_row(), own_query, asked);
+    block.ask_queries(own_queries, asked);
     if (threadIdx.x == 0) block.start_first();
     block.describe(known);
     block.describe_rows(known);
@@ -1626,7 +1649,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __gr
   Block<S> block(a, shared);
   Scratch<S>& scratch = block.scratch;
   block.begin();
-  const uint32_t* own_query = block.query_words(block.first_row());
+  typename Block<S>::From own_queries;
+  block.find_queries(own_queries);
   __syncthreads();
   cluster_arrive();  // the barriers are there
 #if __CUDA_ARCH__ >= 900
@@ -1642,7 +1666,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __gr
   static_assert(!K::kWhole && !V::kWhole);  // `load_table` leaves those to bulk copies
   if (blockIdx.x % 2 == 0) {
     typename Block<S>::Asked asked;
-    block.ask_query(block.first_row(), own_query, asked);
+    block.ask_queries(own_queries, asked);
     block.ask_frequencies(threadIdx.x);
     typename Block<S>::Inverse inverse;
     block.take_inverse(inverse);
@@ -1714,7 +1738,7 @@ inline bool together(const Attention& a) {
 template <class S>
 cudaError_t attend(const Attention& given, cudaStream_t stream) {
   constexpr int kShared = S::kTableBytes + sizeof(Scratch<S>);
-  static_assert(sizeof(Scratch<S>) <= scratch_bytes(S::D) &&
+  static_assert(sizeof(Scratch<S>) <= scratch_bytes(S::D, S::Rows) &&
                 S::kPairs * Block<S>::kPart * sizeof(float) <= S::kTableBytes);
   Attention a = given;
   const auto kernel = kernel_of<S>();
@@ -1760,19 +1784,32 @@ cudaError_t attend(const Attention& given, cudaStream_t stream) {
   return error;
 }
 
+// Whether blocks of 16 query rows have room for what lies beside their tables.
+template <int D, int KD, int VD, bool Narrow>
+constexpr bool sixteen_rows() {
+  using S = Shape<D, KD, VD, 16, Narrow>;
+  return D <= 128 && S::kTableBytes + scratch_bytes(D, 16) <= kMostShared;
+}
+
 template <int D, int KD, int VD, bool Narrow>
 cudaError_t attend(const Attention& a, cudaStream_t stream) {
-  if constexpr (D <= 128) {
+  if constexpr (D <= 128)
     if (together(a)) return attend<Shape<D, KD, VD, 2, Narrow, 2>>(a, stream);
-    if (a.rows > 4) return attend<Shape<D, KD, VD, 8, Narrow>>(a, stream);
-  }
-  if (a.rows <= 2) return attend<Shape<D, KD, VD, 2, Narrow>>(a, stream);
-  return attend<Shape<D, KD, VD, 4, Narrow>>(a, stream);
+  if constexpr (sixteen_rows<D, KD, VD, Narrow>())
+    if (a.block_rows > 8) return attend<Shape<D, KD, VD, 16, Narrow>>(a, stream);
+  if (a.block_rows > 4) return attend<Shape<D, KD, VD, 8, Narrow>>(a, stream);
+  if (a.rows > 2) return attend<Shape<D, KD, VD, 4, Narrow>>(a, stream);
+  return attend<Shape<D, KD, VD, 2, Narrow>>(a, stream);
 }
 
 template <int D, int KD, int VD, bool Narrow = false>
 constexpr Instance make_instance() {
-  return {D, KD, VD, Shape<D, KD, VD, 4, Narrow>::kTableBytes, attend<D, KD, VD, Narrow>};
+  return {D,
+          KD,
+          VD,
+          Shape<D, KD, VD, 4, Narrow>::kTableBytes,
+          sixteen_rows<D, KD, VD, Narrow>(),
+          attend<D, KD, VD, Narrow>};
 }
 
 }  // namespace mma

@@ -29,7 +29,7 @@ constexpr float kLowest = -1e30f;  // below any score, and finite
 template <int D_, int KD_, int VD_, int Rows_, bool Narrow = false, int Batch = 1>
 struct Shape {
   static constexpr int D = D_, KD = KD_, VD = VD_;
-  static constexpr int Rows = Rows_;  // query rows of a block: 2, 4 or 8
+  static constexpr int Rows = Rows_;  // query rows of a block: 2, 4, 8 or 16
   // A operands are 16 query rows x rotations, B operands what is looked up; of two query rows, which with four
   // rotations are no more than the columns of B, it is the other way round: half the products. (Not with head_dim 256,
   // where it was slower.)
@@ -37,14 +37,14 @@ struct Shape {
   // Rows of the batch that share a block and its tables, 1 or 2. Of two each has one query row.
   static constexpr int kBatch = Batch;
   static_assert(Batch == 1 || (Batch == 2 && kLookedUpA));
-  static constexpr int kTiles = Rows > 4 ? 2 : 1;  // of 4 query rows, as prepared queries are stored
-  // Rows of A are query rows x rotations: of eight query rows two, and lanes exchange what they look up for the others.
-  static constexpr int kRotations = Rows > 4 ? 2 : 4;
-  static constexpr bool kExchanges = kRotations == 2;
+  // Rows of A are query rows x rotations: with more than four query rows there is not room for all four, and lanes
+  // exchange what they look up instead.
+  static constexpr int kRotations = Rows <= 4 ? 4 : 16 / Rows;
+  static constexpr bool kExchanges = kRotations < 4;
   static constexpr int kHalves = Rows == 2 ? 1 : 2;  // query rows of a lane: rh, and rh + kApartRows
-  static constexpr int kApartRows = Rows > 4 ? 4 : 2;
-  static constexpr int kOwn = kExchanges ? 2 : 1;   // fours of tokens of a lane in a tile
-  static constexpr int kLaneRows = kOwn * kHalves;  // first of one four, then of the other
+  static constexpr int kOperandRows = rows_of_operands(Rows), kApartRows = kOperandRows / 2;
+  static constexpr int kOwn = 4 / kRotations;       // fours of tokens of a lane in a tile
+  static constexpr int kLaneRows = kOwn * kHalves;  // its rows for one four, then for the next
   // Keys' and values' tables too large for one block: keys' warps in one, values' in another of a cluster of two.
   static constexpr bool kApart = D > 128;
   // Of warps: a register that spills, or codes of half a tile instead of a whole one, cost more than a pair brings.
@@ -63,9 +63,10 @@ struct Shape {
   static constexpr int kTableBytes = kApart     ? (K::kBytes > V::kBytes ? K::kBytes : V::kBytes)
                                      : kOnePage ? kPage
                                                 : kValueTable + V::kBytes;
-  static constexpr int kLine = D / 2;             // pairs of channels
-  static constexpr int kFrames = 16 / Rows;       // whose queries are prepared with one product
-  static constexpr int kKept = Rows > 4 ? 2 : 8;  // frames whose queries stay in shared memory
+  static constexpr int kOperands = kOperandRows / 4 * D;         // uint2 of the operands of a frame's queries
+  static constexpr int kLine = D / 2;                            // pairs of channels
+  static constexpr int kFrames = 16 / Rows;                      // whose queries are prepared with one product
+  static constexpr int kKept = Rows > 8 ? 1 : Rows > 4 ? 2 : 8;  // frames whose queries stay in shared memory
 };
 
 // Where a query row of the block is.
@@ -105,10 +106,10 @@ struct Tokens {
 
 template <class S>
 struct Scratch {
-  // Probabilities as operands: of four tokens of a lane's query rows, the first two of row rh, of row rh + 2 if there
-  // is one, then the others. [tile of rows][rh][fours]
+  // Probabilities as operands: of four tokens of a lane's query rows, the first two of row rh, of row rh + kApartRows
+  // if there is one, then the others. [rh][fours]
   using Four = std::conditional_t<S::kHalves == 2, uint4, uint2>;
-  using Fours = Four[S::kTiles][2][kTile / 4];
+  using Fours = Four[S::kApartRows][kTile / 4];
   struct Slot {  // of a pair's tile: probabilities, and what its earlier results are to be multiplied with first
     Fours p;
     float factor[S::Rows];
@@ -121,11 +122,11 @@ struct Scratch {
     // Then, of the splits of a cluster: a pair of channels, reference maximum, sum.
     float4 from_splits[S::Rows * S::kLine + kMaxCluster];
   };
-  uint2 prepared[S::kKept][S::kTiles][S::D];  // queries of the block's frames, if they are this few
-  float query[S::Rows][S::D];                 // divided by its power of two
-  uint2 raw[S::kTiles * S::D];                // the same as operands
+  uint2 prepared[S::kKept][S::kOperands];  // queries of the block's frames, if they are this few
+  float query[S::Rows][S::D];              // divided by its power of two
+  uint2 raw[S::kOperands];                 // the same as operands
   float frequencies[S::D / 2];
-  Fours zeros;               // what lanes read whose probabilities another rotation takes
+  Four zeros[kTile / 4];     // what lanes read whose probabilities another rotation takes
   float magnitude[S::Rows];  // the power of two, times scale * log2(e)
   Row rows[S::Rows];
   Tokens tokens[S::kBatch];

@@ -212,25 +212,45 @@ void pq_append_(MILLION_APPEND_PARAMETERS) {
   check_launch("pq_append_", append_launch(layer, early, stream_of(k)));
 }
 
-// Blocks that share the tokens of a row: as many as make the whole launch shortest when the cache is full, because the
-// length is known on the device alone. Costs are in tokens of a block of the tensor core kernel with at most 4 query
-// rows: what a block does before its first token (kPrologue), its part of the merging (kMerge), and the launch that
-// merges what clusters cannot (kLaunch, measured at 4k to 32k tokens). As many blocks run at once as there are
-// multiprocessors.
-int splits_for(const Attention& a, int64_t row_blocks, bool tensor_cores) {
-  constexpr int64_t kPrologue = 1000, kMerge = 16, kLaunch = 1000;
+// Query rows of a block, and how many blocks share the tokens of a row: what makes the whole launch shortest when the
+// cache is full, because the length is known on the device alone.
+struct Plan {
+  int rows, splits;
+};
+
+// Costs are in tokens of a block of the tensor core kernel with at most 4 query rows: what a block does before its
+// first token and after its last, its part of the merging (kMerge), and the launch that merges what clusters cannot
+// (kLaunch). As many blocks run at once as there are multiprocessors; if they take all of them, down to the last, one
+// often waits for something else that is still there (kNoneLeft).
+Plan plan_for(const Attention& a, bool tensor_cores) {
+  constexpr double kMerge = 16, kLaunch = 400, kNoneLeft = 1400;
+  struct Cost {
+    int rows;
+    double start, token;
+  };
+  static constexpr Cost kTensorCores[] = {{4, 1000, 1}, {8, 1300, 1.3}, {16, 1900, 1.75}};
   const bool apart = tensor_cores && a.layer.D > 128;  // two blocks a split, which are the cluster
   const int64_t at_once = a.at_once / (apart ? 2 : 1), cluster = apart ? 1 : 8,
-                blocks = a.layer.B * a.layer.H * row_blocks;
-  const int64_t tokens = std::min(a.layer.k.slots, a.layer.v.slots), weight = a.rows > 4 && !apart ? 2 : 1;
-  int64_t best = 1, best_cost = 0;
-  for (int64_t splits = 1; splits <= std::max<int64_t>(1, std::min(at_once, tokens / 64)); splits++) {
-    const int64_t waves = (blocks * splits + at_once - 1) / at_once;
-    const int64_t launch = tensor_cores && a.overlap && splits > cluster ? kLaunch : 0;
-    const int64_t cost = waves * (kPrologue + weight * ((tokens + splits - 1) / splits)) + kMerge * splits + launch;
-    if (splits == 1 || cost < best_cost) best = splits, best_cost = cost;
+                tokens = std::min(a.layer.k.slots, a.layer.v.slots);
+  Plan best = {};
+  double best_cost = 0;
+  const auto consider = [&](const Cost& cost) {
+    const int64_t blocks = a.layer.B * a.layer.H * ((a.rows + cost.rows - 1) / cost.rows);
+    for (int64_t splits = 1; splits <= std::max<int64_t>(1, std::min(at_once, tokens / 64)); splits++) {
+      const int64_t waves = (blocks * splits + at_once - 1) / at_once, left = waves * at_once - blocks * splits;
+      double total = waves * (cost.start + cost.token * ((tokens + splits - 1) / splits)) + kMerge * splits;
+      if (tensor_cores && a.overlap) total += (splits > cluster ? kLaunch : 0) + (left < 3 ? kNoneLeft : 0);
+      if (best.splits == 0 || total < best_cost) best = {cost.rows, int(splits)}, best_cost = total;
+    }
+  };
+  if (!tensor_cores) {
+    consider({8, 1000, a.rows > 4 ? 2. : 1.});
+    return best;
   }
-  return int(best);
+  const int most = attention_mma_rows(a);
+  for (const Cost& cost : kTensorCores)
+    if (cost.rows <= most) consider(cost);
+  return best;
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, const std::optional<Tensor>& mask,
@@ -264,15 +284,17 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, LayerTensors tensors, cons
   // Many new tokens go in blocks, so that the workspaces do not grow with their number.
   const int64_t query_floats = layer.B * heads * a.frames * layer.D;
   const int64_t block = std::min({layer.n, kMaxQueries, std::max<int64_t>(1, kWorkspaceFloats / query_floats)});
-  const int64_t tiles = (block * G + 3) / 4;  // of 4 query rows
   a.rows = int(block * G);
   a.overlap = can_overlap();
   a.at_once = attribute(cudaDevAttrMultiProcessorCount);
   a.shared = shared_limit();
-  const int at_most = tensor_cores && layer.D > 128 ? 4 : 8;  // query rows of a block
-  a.splits = splits_for(a, (a.rows + at_most - 1) / at_most, tensor_cores);
+  const Plan plan = plan_for(a, tensor_cores);
+  a.block_rows = plan.rows, a.splits = plan.splits;
+  const int64_t units = (a.rows + plan.rows - 1) / plan.rows;
   const auto floats = [&](int64_t count) { return allocate("a workspace", q, {count}, ScalarType::Float); };
-  Tensor prepared = floats(tensor_cores ? layer.B * layer.H * tiles * a.frames * 2 * layer.D : query_floats * block);
+  Tensor prepared =
+      floats(tensor_cores ? layer.B * layer.H * a.frames * units * rows_of_operands(plan.rows) * layer.D / 2
+                          : query_floats * block);
   Tensor partials = floats(layer.B * heads * block * a.splits * (layer.D + 2));
   a.prepared = prepared.mutable_data_ptr();
   a.partials = static_cast<float*>(partials.mutable_data_ptr());

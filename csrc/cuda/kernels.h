@@ -16,18 +16,20 @@ struct Attention {
   const uint8_t* mask;       // [B, n, mask_slots] or null
   int64_t mask_slots;
   float scale;
-  void* out;        // [B, n, H * G, D] of the layer's dtype
-  float* lse;       // [B, H * G, n], or null
-  int splits;       // blocks that share the tokens of a row
-  int frames;       // prepared queries a row, at least 1
-  void* prepared;   // queries, T^-T R(-t_f) q: fp32 [B, H, frames, rows, D] * scale * log2(e); tensor core kernel:
-                    // fp16 [B, H, frames, tiles of 4 rows, 4 D], of blocks with more frames than they can keep
+  void* out;   // [B, n, H * G, D] of the layer's dtype
+  float* lse;  // [B, H * G, n], or null
+  int splits;  // blocks that share the tokens of a row
+  int frames;  // prepared queries a row, at least 1
+  void*
+      prepared;  // queries, T^-T R(-t_f) q: fp32 [B, H, frames, rows, D] * scale * log2(e); tensor core kernel:
+                 // fp16 [B, H, frames, rows / U, U D], U = rows_of_operands, of blocks with more frames than they keep
   float* partials;  // [B, H, rows, splits, D + 2]: numerator, reference maximum (log2), denominator
 
   int at_once;  // blocks that run at the same time: multiprocessors
   int shared;   // bytes of shared memory that a block can have
 
   // Tensor core kernel only.
+  int block_rows;   // query rows of a block, at most
   bool crowded;     // most of them have a block
   bool overlap;     // the GPU can start a kernel before the one it depends on has ended
   bool clusters;    // the splits of a row are a cluster and merge by themselves:
@@ -71,10 +73,14 @@ struct Dequantize {
   bool interleaved;
 };
 
+constexpr int kMostShared = 227 << 10;  // that a block can have on any GPU
 constexpr int kWideShared = 161 << 10;  // shared memory that a block with head_dim above 128 needs
 
+// Query rows of which a block of so many at most prepares operands together: those that are not there are zeros.
+constexpr int rows_of_operands(int rows) { return rows <= 4 ? 4 : rows <= 8 ? 8 : 16; }
+
 // Shared memory of a block of the tensor core kernel beside its tables, at most.
-constexpr int scratch_bytes(int64_t D) { return D > 128 ? 52 << 10 : 34 << 10; }
+constexpr int scratch_bytes(int64_t D, int rows = 8) { return (rows > 8 ? 60 : D > 128 ? 56 : 34) << 10; }
 
 // Each launches on `stream` and returns cudaGetLastError(). head_dim: a multiple of 8, at most 256.
 cudaError_t encode_launch(const Encode&, cudaStream_t);
@@ -88,6 +94,8 @@ cudaError_t attention_rows_launch(const Attention&, cudaStream_t);  // layout ro
 // Layouts mma_k and mma_v. Bytes of shared memory that the kernel for these channels a subspace, the fastest that a
 // block of `shared` bytes can run or else the smallest, takes for its tables; 0 if there is none.
 int attention_mma_tables(int64_t D, int64_t k_dim, int64_t v_dim, int shared);
+// Query rows that a block can have, if the launch has so many.
+int attention_mma_rows(const Attention&);
 cudaError_t attention_mma_launch(const Attention&, cudaStream_t);
 
 }  // namespace million
