@@ -24,6 +24,7 @@ SHAPES = {  # batch, KV heads, group, head_dim
     "Llama-3-8B: 8 x 8 x 4 x 128": (8, 8, 4, 128),
     "Llama-2-7B: 8 x 32 x 1 x 128": (8, 32, 1, 128),
     "Qwen-like: 8 x 4 x 8 x 128": (8, 4, 8, 128),
+    "Qwen3-235B: 8 x 4 x 16 x 128": (8, 4, 16, 128),
     "Gemma-3-12B: 1 x 8 x 2 x 256": (1, 8, 2, 256),
     "Gemma-3-12B: 8 x 8 x 2 x 256": (8, 8, 2, 256),
 }

@@ -52,11 +52,15 @@ int attention_mma_tables(int64_t D, int64_t k_dim, int64_t v_dim, int shared) {
   return of ? of->table_bytes : 0;
 }
 
-int attention_mma_rows(const Attention& a) {
-  if (a.rows <= 8) return a.rows <= 4 ? 4 : 8;
+RowLimits attention_mma_rows(const Attention& a) {
+  static const char* const given = std::getenv("MILLION_GPU_ROWS");  // for tests
   const Layer& x = a.layer;
   const auto of = mma::instance(x.D, x.k.d, x.v.d, a.shared, INT64_MAX, a.rows);
-  return of->sixteen_rows && of->table_bytes + scratch_bytes(x.D, 16) <= a.shared ? 16 : 8;
+  const bool sixteen = of->sixteen_rows && of->table_bytes + scratch_bytes(x.D, 16) <= a.shared;
+  const int most = std::min(a.rows <= 4 ? 4 : a.rows <= 8 ? 8 : 16, sixteen ? 16 : 8);
+  if (!given) return {4, most};
+  const int rows = std::min(most, std::max(4, std::atoi(given)));
+  return {rows, rows};
 }
 
 cudaError_t attention_mma_launch(const Attention& a, cudaStream_t stream) {

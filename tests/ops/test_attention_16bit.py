@@ -53,8 +53,9 @@ def layer_of(**options):
 
 @pytest.mark.parametrize("past", [0, 1, 4, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 3000])
 @pytest.mark.parametrize(
-    ("n", "group", "head_dim"), [(1, 1, 128), (2, 1, 128), (1, 4, 128), (3, 2, 128), (1, 2, 256), (1, 4, 256)]
-)
+    ("n", "group", "head_dim"),
+    [(1, 1, 128), (2, 1, 128), (1, 4, 128), (3, 2, 128), (1, 8, 128), (4, 4, 128), (1, 2, 256), (1, 4, 256), (1, 8, 256)],
+)  # fmt: skip
 def test_lengths(past, n, group, head_dim):
     layer = layer_of(
         past=past, batch=2, heads=heads_for(n * group), start=[0, 2], recent=16, frame_tokens=256, head_dim=head_dim
@@ -62,7 +63,7 @@ def test_lengths(past, n, group, head_dim):
     check(layer, n, group)
 
 
-@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("group", [*range(1, 10), 12, 16])
 @pytest.mark.parametrize(("n", "head_dim"), [(1, 128), (2, 128), (5, 128), (16, 128), (1, 256), (3, 256)])
 def test_groups_and_chunks(group, n, head_dim):
     check(layer_of(past=300, head_dim=head_dim), n, group)
@@ -70,7 +71,7 @@ def test_groups_and_chunks(group, n, head_dim):
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("k_dim", "v_dim"), [(2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (4, 2), (2, 8)])
-@pytest.mark.parametrize("group", [1, 3, 6])
+@pytest.mark.parametrize("group", [1, 3, 6, 16])
 def test_head_dims_and_subspaces(head_dim, k_dim, v_dim, group):
     check(layer_of(past=333, heads=2, head_dim=head_dim, k_dim=k_dim, v_dim=v_dim), group=group)
 
@@ -96,23 +97,23 @@ def test_misaligned_inverse(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("group", [1, 4, 8, 16])
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_dtypes(dtype, group, head_dim):
     check(layer_of(past=700, dtype=dtype, head_dim=head_dim), group=group)
 
 
-@pytest.mark.parametrize("head_dim", [128, 256])
-def test_many_splits(head_dim):
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (128, 8), (128, 16), (256, 4), (256, 8)])
+def test_many_splits(head_dim, group):
     """More than a cluster merges: partial results and the kernel that merges them."""
-    check(layer_of(past=20_000, heads=2, head_dim=head_dim, frame_tokens=2048), group=4)
+    check(layer_of(past=20_000, heads=2, head_dim=head_dim, frame_tokens=2048), group=group)
 
 
 @pytest.mark.parametrize(
     ("past", "recent"),
     [(0, 16), (1, 16), (40, 16), (256, 16), (257, 16), (600, 16), (2068, 16), (2069, 16), (2200, 16), (9000, 16), (500, 600), (3000, 600)],
 )  # fmt: skip
-@pytest.mark.parametrize(("head_dim", "group"), [(128, 1), (128, 4), (256, 4)])
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 1), (128, 4), (128, 8), (128, 16), (256, 4), (256, 8)])
 def test_short_texts_in_a_large_cache(past, recent, head_dim, group, device):
     """The number of splits comes from the capacity: many find nothing to do, how many differs from row to row."""
     if device == "cpu":
@@ -190,7 +191,7 @@ def test_rows_do_share_a_block(device):
 
 @pytest.mark.parametrize("frame_tokens", [0, 1, 48, 64, 100, 128, 2048])
 @pytest.mark.parametrize(("rotary", "interleaved"), [(None, False), (64, True), (0, False)])
-@pytest.mark.parametrize(("head_dim", "group"), [(128, 1), (128, 4), (256, 4), (256, 1)])
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 1), (128, 4), (128, 8), (128, 16), (256, 4), (256, 1), (256, 8)])
 def test_frames(frame_tokens, rotary, interleaved, head_dim, group):
     layer = layer_of(
         past=460,
@@ -216,9 +217,9 @@ def test_windows(transform, recent, sinks, head_dim):
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 63, 64, 100, 149, 150, 152, 400])
-@pytest.mark.parametrize("head_dim", [128, 256])
-def test_padding(start, head_dim):
-    check(layer_of(past=150, batch=2, start=[start, 3], head_dim=head_dim), 4, group=2)
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 2), (128, 4), (256, 2)])
+def test_padding(start, head_dim, group):
+    check(layer_of(past=150, batch=2, start=[start, 3], head_dim=head_dim), 4, group=group)
 
 
 @pytest.mark.parametrize("slots", [90, 200, 400])
@@ -245,7 +246,7 @@ def test_what_nobody_sees_may_hold_anything(head_dim, n):
     assert all(torch.equal(a, b) for a, b in zip(clean, dirty))
 
 
-@pytest.mark.parametrize("group", [2, 4])
+@pytest.mark.parametrize("group", [2, 4, 8, 16])
 def test_a_bad_query_is_not_hidden(group):
     layer = layer_of(past=300)
     q, k, v = layer.new_tokens(1, group)
@@ -289,19 +290,32 @@ def test_layouts_by_shared_memory(monkeypatch, kib, head_dims):
             assert (k.name, v.name) == (("mma_k", "mma_v") if head_dim in head_dims else ("rows64", "rows64"))
 
 
-@pytest.mark.parametrize(
-    "setting",
-    ["MILLION_GPU_SHARED=163", "MILLION_GPU_SHARED=99", "MILLION_GPU_TABLES=wide", "MILLION_GPU_TABLES=single"],
+MOST = "(test_lengths or test_groups_and_chunks or test_head_dims_and_subspaces or test_windows)"
+MORE = (
+    "(test_frames or test_padding or test_masks_with_holes or test_what_nobody_sees or test_a_bad_query or test_dtypes)"
 )
-def test_other_gpus(device, setting):
+
+
+@pytest.mark.parametrize(
+    ("setting", "names"),
+    [
+        ("MILLION_GPU_SHARED=163", f"{MOST} and not 256"),
+        ("MILLION_GPU_SHARED=99", f"{MOST} and not 256"),
+        ("MILLION_GPU_TABLES=wide", f"{MOST} and not 256"),
+        ("MILLION_GPU_TABLES=single", f"{MOST} and not 256"),
+        ("MILLION_GPU_ROWS=8", MOST),
+        ("MILLION_GPU_ROWS=8", MORE),
+        ("MILLION_GPU_ROWS=16", f"{MOST} and not 256"),
+        ("MILLION_GPU_ROWS=16", f"{MORE} and not 256"),
+    ],
+)
+def test_other_gpus(device, setting, names):
     """Narrow tables, and the general kernel, as a GPU with less shared memory takes them; wide ones, which long caches on one with
-    faster memory get, and of those keys' table once, which a short text in such a cache gets."""
+    faster memory get, and of those keys' table once, which a short text in such a cache gets; blocks of as many query rows as long
+    caches and batches get."""
     if device != "cuda":
         pytest.skip("of GPUs")
-    names = (
-        "(test_lengths or test_groups_and_chunks or test_head_dims_and_subspaces or test_windows) and cuda and not 256"
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"cuda and {names}"]
     env = os.environ | dict([setting.split("=")])
     done = subprocess.run(command, env=env, cwd=os.getcwd(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
