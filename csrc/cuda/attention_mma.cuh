@@ -734,7 +734,8 @@ struct Block : RowBlock {
         if (frame[i] < frames.end) {
 #pragma unroll
           for (int u = 0; u < kUnits; u++)
-            if (unit(u) < S::D / 8) at[i][16 * S::kPairs * u] = __floats2half2_rn(y[u][2 * i], y[u][2 * i + 1]);
+            if (unit(u) < S::D / 8)
+              at[i][4 * S::kOperandRows * S::kPairs * u] = __floats2half2_rn(y[u][2 * i], y[u][2 * i + 1]);
           frame[i] += S::kFrames;
         }
         at[i] += 2 * S::kFrames * to.stride;
@@ -763,11 +764,11 @@ struct Block : RowBlock {
   }
   // Steps of which all is looked up before the first product: what lanes exchange, and what one product takes (bit 0:
   // two steps that follow each other). They differ in these bits from the one without any.
+  template <int Bits>
   struct Steps {
-    int bits, count;
-    constexpr Steps(int bits) : bits(bits), count(bits == 3 ? 4 : bits ? 2 : 1) {}
-    constexpr int from(int first, int i) const { return first + (bits == 2 ? 2 * i : i); }
-    constexpr int apart(int bit) const { return bits == 2 ? 1 : bit; }
+    static constexpr int bits = Bits, count = bits == 3 ? 4 : bits ? 2 : 1;
+    static constexpr int from(int first, int i) { return first + (bits == 2 ? 2 * i : i); }
+    static constexpr int apart(int bit) { return bits == 2 ? 1 : bit; }
   };
   template <int Count, int Words>
   static __device__ __forceinline__ void exchange(uint32_t (&x)[Count][Words], int apart, bool exchanges) {
@@ -840,25 +841,26 @@ struct Block : RowBlock {
   __device__ __forceinline__ void multiply(const Query& q, Products (&acc)[Batches], const Look& look) const {
     static_for<K::kSteps>([&](auto step_) {
       constexpr int first = decltype(step_)::value;
-      constexpr Steps steps(exchanged<K>(first) | (S::KD == 2));
-      if constexpr (first & steps.bits) return;
+      using Set = Steps<exchanged<K>(first) | int(S::KD == 2)>;
+      if constexpr (first & Set::bits) return;
       static_for<Batches>([&](auto batch_) {
-        uint32_t x[2][steps.count][S::KD / 2];
+        constexpr int kWords = S::KD / 2;  // of a lookup
+        uint32_t x[2][Set::count][kWords];
         static_for<2>([&](auto half_) {
           constexpr int half = decltype(half_)::value;
-          static_for<steps.count>([&](auto i_) {
+          static_for<Set::count>([&](auto i_) {
             constexpr int i = decltype(i_)::value;
-            look(std::integral_constant<int, steps.from(first, i)>(), batch_, half_, x[half][i]);
+            look(std::integral_constant<int, Set::from(first, i)>(), batch_, half_, x[half][i]);
           });
-          if constexpr (exchanged<K>(first) & 2) exchange(x[half], steps.apart(2), (n >> 1 & 1) != half);
-          if constexpr (exchanged<K>(first) & 1) exchange(x[half], steps.apart(1), n & 1);
+          if constexpr (exchanged<K>(first) & 2) exchange(x[half], Set::apart(2), (n >> 1 & 1) != half);
+          if constexpr (exchanged<K>(first) & 1) exchange(x[half], Set::apart(1), n & 1);
         });
         // Two registers of them, one below the other, are the depths of an operand.
-        constexpr int kPairs = S::KD == 8 ? 2 : 1;  // of a step, or of two
-        static_for<steps.count * S::KD / 4>([&](auto u_) {
-          constexpr int u = decltype(u_)::value, i = S::KD == 2 ? 2 * u : u / kPairs;
-          constexpr int at = steps.from(first, i) * (S::KD / 2) / 2 + u % kPairs;
-          const auto word = [&](int half, int k) { return (&x[half][0][0])[2 * u + k]; };
+        constexpr int kOfStep = S::KD == 8 ? 2 : 1;  // operands; of two steps with KD = 2
+        static_for<Set::count * S::KD / 4>([&](auto u_) {
+          constexpr int u = decltype(u_)::value, i = S::KD == 2 ? 2 * u : u / kOfStep;
+          constexpr int at = Set::from(first, i) * kWords / 2 + u % kOfStep;
+          const auto word = [&](int half, int k) { return x[half][(2 * u + k) / kWords][(2 * u + k) % kWords]; };
           if constexpr (S::kLookedUpA) {
             mma_dense(acc[decltype(batch_)::value][0], {word(0, 0), word(1, 0), word(0, 1), word(1, 1)}, q[at][0],
                       q[at][1]);
@@ -1211,33 +1213,33 @@ struct Block : RowBlock {
         }
         static_for<V::kSteps>([&](auto steps_) {
           constexpr int first = decltype(steps_)::value;
-          constexpr Steps steps(exchanged<V>(first) | (One && kSubs == 1));
-          if constexpr (first & steps.bits) return;
-          uint32_t v[steps.count][4 * kSubs];  // of four tokens
-          static_for<steps.count>([&](auto i_) {
-            constexpr int i = decltype(i_)::value, step = steps.from(first, i);
+          using Set = Steps<exchanged<V>(first) | int(One && kSubs == 1)>;
+          if constexpr (first & Set::bits) return;
+          uint32_t v[Set::count][4 * kSubs];  // of four tokens
+          static_for<Set::count>([&](auto i_) {
+            constexpr int i = decltype(i_)::value, step = Set::from(first, i);
             static_for<4>([&](auto token_) {
               look(std::integral_constant<int, step>(), batch_, unit, token_,
                    reinterpret_cast<uint32_t (&)[kSubs]>(v[i][kSubs * decltype(token_)::value]));
             });
             if constexpr (One) done(batch_, std::integral_constant<int, step>(), unit);
           });
-          if constexpr (exchanged<V>(first) & 2) exchange(v, steps.apart(2), c & 2);
-          if constexpr (exchanged<V>(first) & 1) exchange(v, steps.apart(1), c & 1);
+          if constexpr (exchanged<V>(first) & 2) exchange(v, Set::apart(2), c & 2);
+          if constexpr (exchanged<V>(first) & 1) exchange(v, Set::apart(1), c & 1);
           if constexpr (One) {
             const auto pair = [&](int token, int i) { return v[i / kSubs][kSubs * token + i % kSubs]; };
 #pragma unroll
-            for (int i = 0; i < steps.count * kSubs; i += 2)
+            for (int i = 0; i < Set::count * kSubs; i += 2)
 #pragma unroll
               for (int t = 0; t < 4; t += 2)
                 mma_dense(o[(first * kSubs + i) / 2], {pair(t, i), pair(t, i + 1), pair(t + 1, i), pair(t + 1, i + 1)},
                           p[0][t], p[0][t + 1]);
           } else {
 #pragma unroll
-            for (int i = 0; i < steps.count; i++) {
+            for (int i = 0; i < Set::count; i++) {
 #pragma unroll
               for (int sub = 0; sub < kSubs; sub++) {
-                auto& x = o[steps.from(first, i)][sub];
+                auto& x = o[Set::from(first, i)][sub];
                 const auto y = [&](int token) { return v[i][kSubs * token + sub]; };
                 if constexpr (S::Rows == 2) {
                   mma_dense(x[0], p[0], y(0), y(1));
@@ -1250,8 +1252,8 @@ struct Block : RowBlock {
             }
           }
           if constexpr (!One)
-            static_for<steps.count>([&](auto i_) {
-              done(batch_, std::integral_constant<int, steps.from(first, decltype(i_)::value)>(), unit);
+            static_for<Set::count>([&](auto i_) {
+              done(batch_, std::integral_constant<int, Set::from(first, decltype(i_)::value)>(), unit);
             });
         });
       });
