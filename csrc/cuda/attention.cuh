@@ -6,6 +6,7 @@
 #include "../common/pq_layout.h"
 #include "../common/shapes.h"
 #include "device.cuh"
+#include "ptx.cuh"
 
 namespace million {
 
@@ -61,10 +62,10 @@ struct RowBlock {
 
   __device__ Clock ask_clock() const { return ask_clock(b); }
   __device__ Clock ask_clock(int b) const {
-    Clock asked;  // `volatile`: asked for here, not where it is used
-    asm volatile("ld.global.b64 %0, [%1];" : "=l"(asked.now) : "l"(layer.clock));
-    asm volatile("ld.global.b64 %0, [%1];" : "=l"(asked.oldest) : "l"(layer.clock + 2));
-    asm volatile("ld.global.b32 %0, [%1];" : "=r"(asked.start) : "l"(layer.start + b));
+    Clock asked;
+    load_here(asked.now, layer.clock);
+    load_here(asked.oldest, layer.clock + 2);
+    load_here(asked.start, layer.start + b);
     return asked;
   }
   __device__ void know(const Clock& asked) {

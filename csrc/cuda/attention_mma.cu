@@ -11,9 +11,7 @@ namespace {
 
 // blockIdx: query row of the launch; a thread a pair of channels.
 __global__ void merge_kernel(const __grid_constant__ Attention a) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");  // it starts when the splits do, which have waited
-#endif
+  let_next_kernel_start();  // it starts when the splits do, which have waited
   const int64_t row = blockIdx.x;
   const RowBlock block(a, int(row / a.rows), int(row % a.rows), 1);
   const int line = threadIdx.x, lines = int(a.layer.D) / 2;
@@ -24,9 +22,7 @@ __global__ void merge_kernel(const __grid_constant__ Attention a) {
   // Twice: before the splits are there for the instructions and addresses alone, which would be fetched while all wait.
 #pragma unroll 1
   for (int pass = 0; pass < 2; pass++) {
-#if __CUDA_ARCH__ >= 900
-    if (pass == 1) asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    if (pass == 1) wait_for_kernels_before();
     merged = {};
     for (int split = 0; split < a.splits; split += kAtOnce) {
       float2 end[kAtOnce], x[kAtOnce];

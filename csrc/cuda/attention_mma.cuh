@@ -821,7 +821,7 @@ struct Block : RowBlock {
     const uint2* const from = prepared.at + int64_t(frame - prepared.frame) * prepared.stride;
 #pragma unroll
     for (int line = 0; line < S::kOperands / 16; line += kWarp)
-      if (line + lane < S::kOperands / 16) asm volatile("prefetch.global.L1 [%0];" ::"l"(from + (line + lane) * 16));
+      if (line + lane < S::kOperands / 16) prefetch_l1(from + (line + lane) * 16);
   }
 
   // Waits for the loads of a query here: else the first instruction of every tile that uses it might wait, and with it
@@ -1575,7 +1575,7 @@ struct Block : RowBlock {
 // blockIdx: split, (row, KV head), tile of query rows.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_constant__ Attention a) {
-  extern __shared__ __align__(1024) char shared[];
+  DYNAMIC_SHARED_MEMORY(shared);
   // The host checked that it is so; the upper byte is the block's rank in its cluster.
   if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
   Block<S> block(a, shared);
@@ -1583,11 +1583,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   typename Block<S>::From own_queries;
   block.find_queries(own_queries);
   __syncthreads();
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  wait_for_kernels_before();
   // Not before: the append that may start from here on reads what the kernels before have written.
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
+  let_next_kernel_start();
   if (__builtin_expect(block.may_idle(), 0))
     if (block.idles()) return;
   // All that is needed is asked for before anything is waited for.
@@ -1645,7 +1643,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
 // the second its probabilities, tile by tile.
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __grid_constant__ Attention a) {
-  extern __shared__ __align__(1024) char shared[];
+  DYNAMIC_SHARED_MEMORY(shared);
   if ((shared_address(shared) & 0xffffff) != kSharedBase) __trap();
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   Block<S> block(a, shared);
@@ -1655,10 +1653,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_apart_kernel(const __gr
   block.find_queries(own_queries);
   __syncthreads();
   cluster_arrive();  // the barriers are there
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
+  wait_for_kernels_before();
+  let_next_kernel_start();
   if (block.may_idle())
     if (block.idles()) return;
   const typename Block<S>::Known known = block.ask_known();

@@ -47,8 +47,6 @@ __device__ __forceinline__ void store_pair(void* data, int64_t i, float2 x, DTyp
     static_cast<__half2*>(data)[i] = __floats2half2_rn(x.x, x.y);
 }
 
-__device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
 // Slot of the forward's first new token, by the clock.
 __device__ __forceinline__ int64_t first_slot(const Layer& a, int64_t now) {
   return min(max(now, -kFarSlot), kFarSlot) + a.offset;

@@ -6,7 +6,34 @@
 
 #include <cstdint>
 
+// Shared memory whose size the launch gives, as `char name[]`.
+#define DYNAMIC_SHARED_MEMORY(name) extern __shared__ __align__(1024) char name[]
+
 namespace million {
+
+// A load that is asked for here, not where it is used.
+__device__ __forceinline__ void load_here(int64_t& to, const int64_t* from) {
+  asm volatile("ld.global.b64 %0, [%1];" : "=l"(to) : "l"(from));
+}
+__device__ __forceinline__ void load_here(int32_t& to, const int32_t* from) {
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(to) : "l"(from));
+}
+
+__device__ __forceinline__ void prefetch_l1(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
+__device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// Of kernels that are launched before the one they depend on has ended: waits for it; lets the next one start.
+__device__ __forceinline__ void wait_for_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 namespace mma {
 
 __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {

@@ -6,6 +6,7 @@ imported by the first call. Environment (another value is a ValueError here, so 
 * ``MILLION_GPU=triton``: leave the compiled CUDA kernels out, so that Triton's run.
 * ``MILLION_GPU_SHARED=163``: take the compiled CUDA kernels that so many KiB of shared memory a block allow (`dispatch`, csrc/cuda/bind.cpp).
 * ``MILLION_GPU_TABLES=wide``, ``single`` (wide, but keys' once) or ``narrow``: where the tensor core kernel has them, whatever the GPU and the length (csrc/cuda/attention_mma.cu).
+* ``MILLION_GPU_ROWS=4``, ``8`` or ``16``: so many query rows of a block of the tensor core kernel, where it has them and there are so many.
 * ``MILLION_CPU_ISA=reference``: leave the compiled CPU kernels out; ``baseline``, ``avx2``, ``avx512``: at most that instruction set.
 """
 
@@ -36,6 +37,7 @@ _SETTINGS = {
     "MILLION_GPU": r"triton",
     "MILLION_GPU_SHARED": r"[1-9]\d*",
     "MILLION_GPU_TABLES": r"wide|single|narrow",
+    "MILLION_GPU_ROWS": r"4|8|16",
     "MILLION_CPU_ISA": r"reference|baseline|avx2|avx512",
 }
 

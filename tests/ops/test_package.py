@@ -57,6 +57,7 @@ def test_instruction_set_can_be_limited(isa):
         ("MILLION_GPU", "cuda", "triton"),
         ("MILLION_GPU_SHARED", "163K", "KiB"),
         ("MILLION_GPU_TABLES", "Wide", "wide, single, narrow"),
+        ("MILLION_GPU_ROWS", "12", "4, 8, 16"),
         ("MILLION_CPU_ISA", "avx", "baseline"),
     ],
 )

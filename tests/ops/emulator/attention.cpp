@@ -1,0 +1,59 @@
+// The tensor core kernel on the emulated GPU, with a C interface: some of its instances, as each takes seconds to
+// compile.
+#include "gpu.h"
+//
+#include "attention_mma.cu"
+
+namespace million {
+namespace mma {
+
+const Instance* instances_64() {
+  static constexpr Instance kInstances[] = {make_instance<64, 2, 4>(), {}};
+  return kInstances;
+}
+const Instance* instances_96() {
+  static constexpr Instance kInstances[] = {{}};
+  return kInstances;
+}
+const Instance* instances_128() {
+  static constexpr Instance kInstances[] = {make_instance<128, 2, 2>(), {}};
+  return kInstances;
+}
+const Instance* instances_256() {
+  static constexpr Instance kInstances[] = {make_instance<256, 2, 2, true>(), {}};
+  return kInstances;
+}
+const Instance* instances_narrow() {
+  static constexpr Instance kInstances[] = {
+      make_instance<96, 4, 4, true>(), make_instance<128, 2, 2, true>(), make_instance<128, 4, 8, true>(), {}};
+  return kInstances;
+}
+
+}  // namespace mma
+}  // namespace million
+
+// `x`: see `Call` of test_emulated_kernel.py, which fills it.
+extern "C" int emulated_attention(const int64_t* x, float scale) {
+  using namespace million;
+  const auto next = [&] { return *x++; };
+  const auto pointer = [&](auto& to) { to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(next()); };
+  const auto strided = [&](Strided& to) { pointer(to.data), to.row = next(), to.head = next(), to.token = next(); };
+  const auto coded = [&](Coded& to) {
+    pointer(to.codes), pointer(to.codebook), to.S = next(), to.d = next(), to.layout = next(), to.slots = next();
+  };
+  Attention a{};
+  Layer& layer = a.layer;
+  layer.B = next(), layer.H = next(), layer.D = next(), layer.n = next(), layer.dtype = DType(next());
+  strided(a.q), strided(layer.k_new), strided(layer.v_new), coded(layer.k), coded(layer.v);
+  pointer(layer.inverse), pointer(layer.inv_freq), layer.half = next(), layer.frame_tokens = next();
+  layer.interleaved = next(), pointer(layer.k_ring), pointer(layer.v_ring), pointer(layer.k_sinks);
+  pointer(layer.v_sinks), layer.R = next(), layer.N = next(), pointer(layer.clock), pointer(layer.start);
+  pointer(layer.origin), pointer(a.mask), a.mask_slots = next(), pointer(a.out), pointer(a.lse), a.G = int(next());
+  a.splits = int(next()), a.block_rows = int(next()), a.at_once = int(next()), a.frames = int(next()),
+  pointer(a.prepared);
+  pointer(a.partials);
+  a.scale = scale, a.by_heads = 1.f / layer.H, a.by_group = 1.f / a.G, a.rows = int(layer.n * a.G);
+  a.overlap = true, a.shared = kMostShared;
+  if (attention_mma_rows(a).most < a.block_rows) return 1;
+  return attention_mma_launch(a, nullptr);
+}
