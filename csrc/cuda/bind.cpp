@@ -228,7 +228,7 @@ struct Cost {
   double start, token, few_left;
 };
 constexpr Cost kCosts[] = {{4, 1000, 1, 0}, {8, 1300, 1.3, 120}, {16, 1600, 1.75, 360}};
-constexpr double kMerge = 16, kLaunch = 400, kNoneLeft = 1400;
+constexpr double kMerge = 16, kLaunch = 450, kNoneLeft = 1400;
 
 Plan plan_for(const Attention& a, bool tensor_cores) {
   const bool apart = tensor_cores && a.layer.D > 128;  // two blocks a split, which are the cluster
