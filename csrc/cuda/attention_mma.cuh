@@ -7,8 +7,8 @@
 // of its c. A lookup is free of bank conflicts if its lanes (those that shared memory serves together: 32 of 4 bytes,
 // 16 of 8, 8 of 16) ask for entries that lie on different banks, and a table row (one code's entries) lies across the
 // banks by subspace. So lanes that would ask for one subspace of different tokens take turns: their steps are rotated,
-// and the rotation is undone in the A operand, whose 16 rows are 4 query rows x 4 rotations; or 8 x 2 or 16 x 1, and for
-// the rotations that are missing lanes exchange, by selects, what they looked up in two steps.
+// and the rotation is undone in the A operand, whose 16 rows are 4 query rows x 4 rotations; or 8 x 2 or 16 x 1, and
+// for the rotations that are missing lanes exchange, by selects, what they looked up in two steps.
 //
 // Scores. Columns are tokens, depths are channels. At step s lane (n, c) looks up subspace 4 (s ^ rot) + c of token n,
 // rot = (n & 3) ^ 2 half for two groups of eight tokens (half = 0, 1). Row (query row, r) of A holds the query with its
@@ -19,8 +19,8 @@
 // tokens; row (query row, r) of A holds the probabilities of the tokens of c = r only. Two PRMTs transpose a pair of
 // lookups into (token, next token) of each channel.
 //
-// With eight query rows the steps s and s ^ 2 are exchanged where bit 1 of the rotation is set, so only bit 0 is left to
-// the rows of A; with sixteen also s and s ^ 1, and every column is right in every row.
+// With eight query rows the steps s and s ^ 2 are exchanged where bit 1 of the rotation is set, so only bit 0 is left
+// to the rows of A; with sixteen also s and s ^ 1, and every column is right in every row.
 //
 // With one or two query rows, but for head_dim 256, what is looked up for scores is A (`kLookedUpA`), 16 rows instead
 // of 8 columns, so half the products: two rows x four rotations are the columns of B, row n of A is token n of the

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from million_ops import reference
+from million_ops import dispatch, reference
 from tests.ops import oracle
 from tests.ops.layer_state import NAN, make_layer
 
@@ -27,6 +27,9 @@ def build(tmp_path_factory):
     if platform.machine() != "x86_64" or shutil.which(compiler) is None:
         pytest.skip("the emulated GPU needs a C++ compiler and x86-64")
     folder = tmp_path_factory.mktemp("emulator")
+    (folder / "half.cpp").write_text("_Float16 x;")
+    if subprocess.run([compiler, "-fsyntax-only", folder / "half.cpp"], capture_output=True).returncode:
+        pytest.skip(f"the emulated GPU needs a C++ compiler with _Float16, g++ 12 or newer, not this {compiler}")
     shutil.copytree(CSRC, folder / "csrc")
     shutil.copytree(Path(__file__).parent / "emulator", folder / "csrc" / "cuda", dirs_exist_ok=True)
     cuda = folder / "csrc" / "cuda"
@@ -39,13 +42,13 @@ def build(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def kernels(build, tmp_path_factory):
-    """By tables ("" chooses by the number of tokens): a copy of the library each, as it asks the environment once."""
+    """Libraries by tables ("" chooses by the number of tokens): a copy each, as it asks the environment once."""
     loaded = {}
 
     def load(tables: str):
         if tables not in loaded:
             path = shutil.copy(build, tmp_path_factory.mktemp("tables") / f"emulated_{tables}.so")
-            loaded[tables] = ctypes.CDLL(str(path)).emulated_attention
+            loaded[tables] = ctypes.CDLL(str(path))
         return loaded[tables]
 
     return load
@@ -66,9 +69,8 @@ def attend(kernel, args, splits, rows, multiprocessors):
     slots = 64 * min(k_codes.shape[2], v_codes.shape[2])
     framed = inv_freq is not None and frame_tokens > 0
     frames = max(1, -(-slots // frame_tokens)) if framed else 1
-    block = max(rows, 4)
     out, lse = torch.full((B, n, heads, D), NAN, dtype=q.dtype), torch.full((B, heads, n), NAN)
-    prepared = torch.full((B * H * frames * -(-n * G // rows) * block * D,), NAN, dtype=torch.float16)
+    prepared = torch.full((B * H * frames * -(-n * G // rows) * rows * D,), NAN, dtype=torch.float16)
     partials = torch.full((B * heads * n * splits * (D + 2),), NAN)
 
     def pointer(x):
@@ -101,7 +103,7 @@ def check(kernels, monkeypatch):
         defaults = dict(dtype=torch.float16, head_dim=128, heads=4 if n * group < 3 else 2, layouts=(2, 3))
         layer = make_layer(**(defaults | options))
         args = layer.attention_args(*layer.new_tokens(n, group), mask)
-        out, lse = attend(kernels(tables), args, splits, rows, multiprocessors)
+        out, lse = attend(kernels(tables).emulated_attention, args, splits, rows, multiprocessors)
         plain, _ = reference.pq_attention_lse(*args, decoded=torch.float16)
         truth, true_lse = oracle.attention(*args)
         error, bound = ((x.double() - truth).norm() for x in (out, plain))
@@ -113,18 +115,8 @@ def check(kernels, monkeypatch):
     return check
 
 
-ROWS = [
-    (1, 4),
-    (2, 4),
-    (4, 4),
-    (3, 4),
-    (8, 8),
-    (7, 8),
-    (6, 4),
-    (16, 16),
-    (11, 16),
-    (16, 8),
-]  # query heads of a KV head, rows of a block
+# Query heads of a KV head, rows of a block.
+ROWS = [(1, 4), (2, 4), (3, 4), (4, 4), (6, 4), (7, 8), (8, 8), (11, 16), (16, 16), (16, 8)]
 
 
 @pytest.mark.parametrize("past", [0, 1, 33, 64, 129, 400])
@@ -201,3 +193,7 @@ def test_bfloat16(check, group, rows):
 @pytest.mark.parametrize("frame_tokens", [64, 48])
 def test_rows_of_the_batch_that_share_a_block(check, start, multiprocessors, frame_tokens):
     check(past=200, batch=len(start), heads=1, start=start, multiprocessors=multiprocessors, frame_tokens=frame_tokens)
+
+
+def test_shared_memory_that_python_counts_with(kernels):
+    assert all(dispatch.mma_scratch(D) == kernels("").emulated_scratch_bytes(ctypes.c_int64(D)) for D in SUBSPACES)

@@ -32,7 +32,9 @@ const Instance* instances_narrow() {
 }  // namespace mma
 }  // namespace million
 
-// `x`: see `Call` of test_emulated_kernel.py, which fills it.
+extern "C" int emulated_scratch_bytes(int64_t head_dim) { return million::scratch_bytes(head_dim); }
+
+// `x`: in the order in which `attend` of test_emulated_kernel.py lists them.
 extern "C" int emulated_attention(const int64_t* x, float scale) {
   using namespace million;
   const auto next = [&] { return *x++; };
