@@ -1141,9 +1141,9 @@ struct Block : RowBlock {
   // ---- values ----
 
   // Accumulators of a step: for each pair of channels (sub) the first and the second, [0], [1] of lane row rh, [2], [3]
-  // of rh + 2. With two query rows, [0], [1] of the first channel and [2], [3] of the second. With one (`One`) of two
-  // pairs of channels (of two steps, or two of a step): [0], [1] of the first pair, [2], [3] of the second; lanes c < 2
-  // have the first channel, for rotations 2 c and 2 c + 1, the others the second.
+  // of rh + kApartRows. With two query rows, [0], [1] of the first channel and [2], [3] of the second. With one (`One`)
+  // of two pairs of channels (of two steps, or two of a step): [0], [1] of the first pair, [2], [3] of the second;
+  // lanes c < 2 have the first channel, for rotations 2 c and 2 c + 1, the others the second.
   static constexpr int kSubs = S::VD / 2, kParities = S::Rows == 2 ? 1 : 2;
   template <bool One>
   using Outputs = std::conditional_t<One, float[V::kSteps * kSubs / 2][4], float[V::kSteps][kSubs][kParities][4]>;
@@ -1345,7 +1345,7 @@ struct Block : RowBlock {
         });
   }
 
-  // Writes a pair's numerators, [4 rotations][Rows][D], pairs of channels in the order `spread`.
+  // Writes a pair's numerators, [kRotations][Rows][D], pairs of channels in the order `spread`.
   template <bool One>
   __device__ void store_values(const Outputs<One>& o, float* to) const {
     const int r = n & (S::kRotations - 1), rh = n / S::kRotations;
@@ -1597,7 +1597,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) attend_kernel(const __grid_con
   const bool scores = block.warp < S::kPairs;
   const int pair = scores ? block.warp : block.warp - S::kPairs;
   using K = typename S::K;
-  float* numerators = reinterpret_cast<float*>(shared);  // [kPairs][4 rotations][Rows][D], after the tables
+  float* numerators = reinterpret_cast<float*>(shared);  // [kPairs][kRotations][Rows][D], after the tables
   // Who has arrived at the cluster's barrier is ready for the parts of other splits, which lie over `turned`.
   if (scores) {
     typename Block<S>::Asked asked;

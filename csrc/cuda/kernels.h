@@ -16,13 +16,13 @@ struct Attention {
   const uint8_t* mask;       // [B, n, mask_slots] or null
   int64_t mask_slots;
   float scale;
-  void* out;   // [B, n, H * G, D] of the layer's dtype
-  float* lse;  // [B, H * G, n], or null
-  int splits;  // blocks that share the tokens of a row
-  int frames;  // prepared queries a row, at least 1
-  void*
-      prepared;  // queries, T^-T R(-t_f) q: fp32 [B, H, frames, rows, D] * scale * log2(e); tensor core kernel:
-                 // fp16 [B, H, frames, rows / U, U D], U = rows_of_operands, of blocks with more frames than they keep
+  void* out;        // [B, n, H * G, D] of the layer's dtype
+  float* lse;       // [B, H * G, n], or null
+  int splits;       // blocks that share the tokens of a row
+  int frames;       // prepared queries a row, at least 1
+  void* prepared;   // queries, T^-T R(-t_f) q: fp32 [B, H, frames, rows, D] * scale * log2(e); tensor core kernel:
+                    // fp16 [B, H, frames, units, D * U], units of U = `rows_of_operands` rows, of blocks with more
+                    // frames than they can keep
   float* partials;  // [B, H, rows, splits, D + 2]: numerator, reference maximum (log2), denominator
 
   int at_once;  // blocks that run at the same time: multiprocessors

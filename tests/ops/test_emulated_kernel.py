@@ -98,12 +98,18 @@ def attend(kernel, args, splits, rows, multiprocessors):
 
 @pytest.fixture
 def check(kernels, monkeypatch):
-    def check(*, n=1, group=1, rows=4, splits=1, multiprocessors=132, mask=None, tables="", **options):
+    def check(*, n=1, group=1, rows=4, splits=1, multiprocessors=132, mask=None, tables="", schedules=(), **options):
         monkeypatch.setenv("MILLION_GPU_TABLES", tables) if tables else None
         defaults = dict(dtype=torch.float16, head_dim=128, heads=4 if n * group < 3 else 2, layouts=(2, 3))
         layer = make_layer(**(defaults | options))
         args = layer.attention_args(*layer.new_tokens(n, group), mask)
-        out, lse = attend(kernels(tables).emulated_attention, args, splits, rows, multiprocessors)
+        library = kernels(tables)
+        out, lse = attend(library.emulated_attention, args, splits, rows, multiprocessors)
+        for seed in schedules:
+            library.emulated_schedule(seed)
+            again = attend(library.emulated_attention, args, splits, rows, multiprocessors)
+            library.emulated_schedule(0)
+            assert torch.equal(again[0], out) and torch.equal(again[1], lse)
         plain, _ = reference.pq_attention_lse(*args, decoded=torch.float16)
         truth, true_lse = oracle.attention(*args)
         error, bound = ((x.double() - truth).norm() for x in (out, plain))
@@ -193,6 +199,30 @@ def test_bfloat16(check, group, rows):
 @pytest.mark.parametrize("frame_tokens", [64, 48])
 def test_rows_of_the_batch_that_share_a_block(check, start, multiprocessors, frame_tokens):
     check(past=200, batch=len(start), heads=1, start=start, multiprocessors=multiprocessors, frame_tokens=frame_tokens)
+
+
+SHAPES = [
+    (1, 4, 128),
+    (2, 4, 128),
+    (4, 4, 128),
+    (8, 8, 128),
+    (16, 16, 128),
+    (4, 4, 256),
+    (8, 8, 256),
+]  # group, rows, head_dim
+
+
+@pytest.mark.parametrize(
+    ("group", "rows", "head_dim", "batch", "splits"),
+    [(*shape, 1, splits) for shape in SHAPES for splits in (1, 3)] + [(1, 4, 128, 2, 1)],
+)
+@pytest.mark.parametrize("frame_tokens", [48, 512])
+def test_any_order_of_warps(check, group, rows, head_dim, batch, splits, frame_tokens):
+    """Bit for bit the same; two rows of the batch share the last one's block."""
+    check(
+        past=500, group=group, rows=rows, head_dim=head_dim, splits=splits, batch=batch, heads=1, frame_tokens=frame_tokens,
+        multiprocessors=1 if batch > 1 else 132, schedules=range(1, 6),
+    )  # fmt: skip
 
 
 def test_shared_memory_that_python_counts_with(kernels):

@@ -32,6 +32,8 @@ const Instance* instances_narrow() {
 }  // namespace mma
 }  // namespace million
 
+extern "C" void emulated_schedule(unsigned seed) { gpu::schedule = seed; }
+
 extern "C" int emulated_scratch_bytes(int64_t head_dim) { return million::scratch_bytes(head_dim); }
 
 // `x`: in the order in which `attend` of test_emulated_kernel.py lists them.

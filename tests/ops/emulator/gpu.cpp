@@ -1,6 +1,8 @@
 #include "gpu.h"
 
 #include <memory>
+#include <numeric>
+#include <random>
 
 // Saves the caller's registers and stack, and goes on where `to` was saved. (x86-64, System V.)
 extern "C" void gpu_switch(void** from, void* to);
@@ -28,6 +30,7 @@ namespace gpu {
 
 Thread* current = nullptr;
 int64_t progress = 0;
+unsigned schedule = 0;
 
 namespace {
 
@@ -91,17 +94,25 @@ void launch(dim3 grid, dim3 threads, size_t bytes, int cluster_size, const std::
             prepare(thread, &stacks[(rank * threads.x + i) * kStack]);
           }
         }
+        std::vector<size_t> warps(count / kWarp);
+        std::iota(warps.begin(), warps.end(), 0);
+        std::minstd_rand random(schedule);
         for (size_t left = count, idle = 0; left > 0;) {
           const int64_t before = progress;
           left = 0;
-          for (Thread& thread : all)
-            if (!thread.ended) {
-              current = &thread;
-              gpu_switch(&scheduler, thread.stack_pointer);
-              left += !thread.ended;
+          if (schedule) std::shuffle(warps.begin(), warps.end(), random);
+          for (const size_t warp : warps) {
+            const bool waits = schedule && random() % 2;
+            for (size_t i = warp * kWarp; i < (warp + 1) * kWarp; i++) {
+              if (!waits && !all[i].ended) {
+                current = &all[i];
+                gpu_switch(&scheduler, current->stack_pointer);
+              }
+              left += !all[i].ended;
             }
+          }
           idle = progress == before ? idle + 1 : 0;
-          if (idle > 3 && left > 0) fail("threads that wait for ever");
+          if (idle > (schedule ? 100 : 3) && left > 0) fail("threads that wait for ever");
         }
         for (const auto& block : blocks) std::free(block->shared);
       }

@@ -1,9 +1,12 @@
 // A GPU for tests on a CPU: enough of CUDA to compile the tensor core kernel's sources as they are and to run them. A
 // thread of the GPU is a coroutine; those of a cluster of blocks take turns, and one that waits lets the others go on.
 // What lanes do together (shuffles, ballots, `mma`) waits for the whole warp, so it must not stand in a branch that
-// only some lanes take. Memory is ordered more strictly than on a GPU: races are not found, but what is read without
-// having been written is (shared memory begins as NaN), and so are places outside shared memory, misaligned accesses,
-// barriers that are used before they are initialised or get too many arrivals, and blocks that wait for ever.
+// only some lanes take.
+//
+// Found is what is read without having been written (shared memory begins as NaN), places outside shared memory,
+// misaligned accesses, barriers that are used before they are initialised or get too many arrivals, and blocks that
+// wait for ever; a barrier that is missing where another order of warps (`schedule`) gives another result. Not found
+// is what depends on the order in which one thread's accesses reach another, of which a GPU promises less.
 #pragma once
 
 #include <algorithm>
@@ -89,6 +92,7 @@ struct Block {
 extern Thread* current;
 extern int64_t progress;  // counts what others may have waited for
 void yield();
+extern unsigned schedule;  // 0: warps take turns; else the seed of random turns
 void launch(dim3 grid, dim3 threads, size_t shared, int cluster, const std::function<void()>& kernel);
 void named_barrier(int id, int threads, bool waits);
 
