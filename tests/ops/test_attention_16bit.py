@@ -176,17 +176,35 @@ def test_what_the_other_row_holds(row, device):
     assert all(torch.equal(a[row], b[row]) for a, b in zip(clean, dirty)) and dirty[0][1 - row].isnan().all()
 
 
+def shapes_of_blocks(args) -> set:
+    """Template arguments of the tensor core kernel's launches for these arguments: head_dim, channels of a key's subspace and of a
+    value's, query rows, whether tables are narrow, rows of the batch."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.pq_attention(*args)
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages() if "attend_kernel" in event.key]
+    return {tuple(name.split("Shape<")[1].split(">")[0].split(", ")) for name in names}
+
+
 def test_rows_do_share_a_block(device):
     """The tests above are of that kernel, and a batch that all runs at once is not."""
     heads = heads_of_two_waves(2, device)
-    for count, shared in ((heads, True), (heads // 2, False)):
+    for count, rows in ((heads, "2"), (heads // 2, "1")):
         layer = layer_of(past=300, batch=2, heads=count)
-        args = layer.attention_args(*layer.new_tokens(1))
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            ops.pq_attention(*args)
-            torch.cuda.synchronize()
-        names = [event.key for event in profile.key_averages() if "attend_kernel" in event.key]
-        assert names and all(name.split("Shape<")[1].split(">")[0].endswith(", 2") is shared for name in names), names
+        assert {shape[5] for shape in shapes_of_blocks(layer.attention_args(*layer.new_tokens(1)))} == {rows}
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "group", "rows"), [(8, 4, 1, 2), (8, 4, 4, 4), (8, 4, 8, 8), (8, 4, 16, 16), (1, 4, 8, 4)]
+)
+def test_query_rows_of_a_block(batch, heads, group, rows, device):
+    """As many as there are, up to 16, where all multiprocessors have something to do; fewer for one row of the batch."""
+    if device == "cpu" or layouts_for(device, 128, 2, 2, torch.float16)[0].name != "mma_k":
+        pytest.skip("of blocks of the tensor core kernel")
+    if dispatch.shared_memory(torch.device(device)) < 188 << 10:
+        rows = min(rows, 8)
+    layer = layer_of(past=4000 if batch > 1 else 1000, batch=batch, heads=heads)
+    assert {shape[3] for shape in shapes_of_blocks(layer.attention_args(*layer.new_tokens(1, group)))} == {str(rows)}
 
 
 @pytest.mark.parametrize("frame_tokens", [0, 1, 48, 64, 100, 128, 2048])
