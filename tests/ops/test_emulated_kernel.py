@@ -225,5 +225,36 @@ def test_any_order_of_warps(check, group, rows, head_dim, batch, splits, frame_t
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("shape", "tokens", "rows", "splits"),
+    [
+        ((1, 8, 4, 128), 2048, 4, {8}),
+        ((1, 8, 4, 128), 8192, 4, {8}),
+        ((1, 8, 4, 128), 16384, 4, {16}),
+        ((1, 8, 4, 128), 1 << 20, 4, {16}),
+        ((8, 8, 4, 128), 32768, 4, {2}),
+        ((8, 32, 1, 128), 32768, 4, {1}),
+        ((1, 4, 4, 128), 32768, 4, {30, 31, 32}),  # 33 would take every multiprocessor
+        ((1, 3, 3, 64), 131072, 4, {42, 43}),
+        ((1, 2, 4, 256), 32768, 4, {30, 31, 32}),
+        ((8, 4, 8, 128), 32768, 8, {4}),
+        ((1, 4, 8, 128), 2048, 4, {8}),
+        ((1, 4, 8, 128), 131072, 8, {30, 31, 32}),
+        ((8, 4, 16, 128), 32768, 16, {4}),
+        ((1, 4, 16, 128), 32768, 16, set(range(28, 32))),
+        ((1, 8, 16, 128), 131072, 16, {15, 16}),
+        ((1, 2, 8, 256), 2048, 4, set(range(8, 12))),
+        ((8, 2, 8, 256), 32768, 8, {4}),
+    ],
+)
+def test_what_was_measured_to_be_fast(kernels, shape, tokens, rows, splits):
+    """Query rows of a block and splits, of 132 multiprocessors: the choices of csrc/cuda/attention_plan.h that NOTES.md has times for."""
+    B, H, group, D = shape
+    of_block, of_row = divmod(
+        kernels("").emulated_plan(*map(ctypes.c_int64, (B, H, D, 4 if D == 64 else 2, group, tokens))), 1000
+    )
+    assert of_block == rows and of_row in splits
+
+
 def test_shared_memory_that_python_counts_with(kernels):
     assert all(dispatch.mma_scratch(D) == kernels("").emulated_scratch_bytes(ctypes.c_int64(D)) for D in SUBSPACES)

@@ -3,6 +3,7 @@
 #include "gpu.h"
 //
 #include "attention_mma.cu"
+#include "attention_plan.h"
 
 namespace million {
 namespace mma {
@@ -31,6 +32,16 @@ const Instance* instances_narrow() {
 
 }  // namespace mma
 }  // namespace million
+
+// Of a GPU with 132 multiprocessors: 1000 x query rows of a block + splits.
+extern "C" int emulated_plan(int64_t B, int64_t H, int64_t D, int64_t v_dim, int64_t rows, int64_t slots) {
+  million::Attention a{};
+  a.layer.B = B, a.layer.H = H, a.layer.D = D, a.layer.k.d = 2, a.layer.v.d = v_dim, a.rows = int(rows);
+  a.layer.k.slots = a.layer.v.slots = slots;
+  a.overlap = true, a.at_once = 132, a.shared = million::kMostShared;
+  const million::Plan plan = million::plan_for(a, true);
+  return 1000 * plan.rows + plan.splits;
+}
 
 extern "C" void emulated_schedule(unsigned seed) { gpu::schedule = seed; }
 
