@@ -55,7 +55,7 @@ RowLimits attention_mma_rows(const Attention& a) {
   const bool sixteen = of->sixteen_rows && of->table_bytes + scratch_bytes(x.D, 16) <= a.shared;
   const int most = std::min(a.rows <= 4 ? 4 : a.rows <= 8 ? 8 : 16, sixteen ? 16 : 8);
   if (!given) return {4, most};
-  const int rows = std::min(most, std::max(4, std::atoi(given)));
+  const int wanted = std::atoi(given), rows = std::min(most, wanted >= 16 ? 16 : wanted >= 8 ? 8 : 4);
   return {rows, rows};
 }
 

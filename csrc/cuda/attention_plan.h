@@ -27,7 +27,7 @@ constexpr double kMerge = 16, kLaunch = 450, kNoneLeft = 1400;
 
 inline Plan plan_for(const Attention& a, bool tensor_cores) {
   const bool apart = tensor_cores && a.layer.D > 128;  // two blocks a split, which are the cluster
-  const int64_t at_once = a.at_once / (apart ? 2 : 1), cluster = apart ? 1 : 8,
+  const int64_t at_once = std::max(1, a.at_once / (apart ? 2 : 1)), cluster = apart ? 1 : 8,
                 tokens = std::min(a.layer.k.slots, a.layer.v.slots);
   Plan best = {};
   double best_cost = 0;
