@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <climits>
 #include <cstdlib>
+#include <initializer_list>
 
 #include "attention_mma.cuh"
 #include "attention_mma.h"
@@ -112,29 +113,27 @@ char given_tables() {
 constexpr int64_t kFewTokens = 3000;
 
 const Instance* instance(int64_t D, int64_t k_dim, int64_t v_dim, int shared, int64_t tokens, int rows) {
+  const Instance* smallest = nullptr;
+  // The first of the lists with this shape that fits beside what blocks of so many rows have.
+  const auto first_of = [&](std::initializer_list<const Instance*> lists, int rows) -> const Instance* {
+    for (const Instance* list : lists)
+      for (; list->launch; list++) {
+        if (list->D != D || list->k_dim != k_dim || list->v_dim != v_dim || (rows > 8 && !list->sixteen_rows)) continue;
+        if (list->table_bytes + scratch_bytes(D, rows) <= shared) return list;
+        if (smallest == nullptr || list->table_bytes < smallest->table_bytes) smallest = list;
+      }
+    return nullptr;
+  };
   const auto all = {instances_64(), instances_96(), instances_128(), instances_256(), instances_narrow()};
   if (rows > 8)
-    for (const Instance* list : all)
-      for (; list->launch; list++)
-        if (list->D == D && list->k_dim == k_dim && list->v_dim == v_dim && list->sixteen_rows &&
-            list->table_bytes + scratch_bytes(D, 16) <= shared)
-          return list;
+    if (const Instance* of = first_of(all, rows)) return of;
   // Measured where keys' narrow table is all that differs (one page instead of two).
   static const bool slow = slow_memory();  // GPUs of one machine are taken to be alike
   const bool narrow = given_tables() ? given_tables() == 'n' : slow || tokens <= kFewTokens;
   if (narrow && D == 128 && k_dim == 2)
-    for (const Instance* list = instances_narrow(); list->launch; list++)
-      if (list->D == D && list->k_dim == k_dim && list->v_dim == v_dim &&
-          list->table_bytes + scratch_bytes(D) <= shared)
-        return list;
-  const Instance* smallest = nullptr;
-  for (const Instance* list : all)
-    for (; list->launch; list++) {
-      if (list->D != D || list->k_dim != k_dim || list->v_dim != v_dim) continue;
-      if (list->table_bytes + scratch_bytes(D) <= shared) return list;
-      if (smallest == nullptr || list->table_bytes < smallest->table_bytes) smallest = list;
-    }
-  return smallest;
+    if (const Instance* of = first_of({instances_narrow()}, 8)) return of;
+  const Instance* of = first_of(all, 8);
+  return of ? of : smallest;
 }
 
 int one_table() { return given_tables() == 's' ? INT_MAX : given_tables() ? 0 : kFewTokens / kTile; }

@@ -94,7 +94,7 @@ cudaError_t attention_rows_launch(const Attention&, cudaStream_t);  // layout ro
 // Layouts mma_k and mma_v. Bytes of shared memory that the kernel for these channels a subspace, the fastest that a
 // block of `shared` bytes can run or else the smallest, takes for its tables; 0 if there is none.
 int attention_mma_tables(int64_t D, int64_t k_dim, int64_t v_dim, int shared);
-// Query rows that a block can be made for: 4, 8, 16, no more than twice as many as there are.
+// For how many query rows a block can be made, of 4, 8 and 16: no more than the launch has use for.
 struct RowLimits {
   int least, most;
 };
