@@ -19,7 +19,7 @@ __global__ void merge_kernel(const __grid_constant__ Attention a) {
   const float2* ends = mma::ends_of(a) + row * a.splits;
   const float2* from = reinterpret_cast<const float2*>(a.partials) + row * a.splits * lines + line;
   mma::Merged merged;
-  constexpr int kAtOnce = 16;
+  constexpr int kAtOnce = kMergedAtOnce;
   // Twice: before the splits are there for the instructions and addresses alone, which would be fetched while all wait.
 #pragma unroll 1
   for (int pass = 0; pass < 2; pass++) {
@@ -34,7 +34,8 @@ __global__ void merge_kernel(const __grid_constant__ Attention a) {
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; i++)
-        if (split + i < a.splits) merged.add(end[i], x[i]);
+        if (split + i >= a.splits || end[i].y == 0.f) end[i] = {mma::kLowest, 0.f}, x[i] = {0.f, 0.f};
+      merged.add<kAtOnce>(end, x);
     }
   }
   const int query = block.query(0), head = block.query_head(0), heads = int(a.layer.H) * a.G;

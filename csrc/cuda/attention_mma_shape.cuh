@@ -18,7 +18,6 @@ constexpr int kSharedBase = 0;
 constexpr int kSharedBase = 1024;
 #endif
 constexpr int kTile = 64;
-constexpr int kMaxCluster = 16;  // blocks
 #ifdef MILLION_RACECHECK
 constexpr int kArrivals = kWarp;  // compute-sanitizer does not see that a lane arrives for its warp, after __syncwarp
 #else
@@ -214,11 +213,16 @@ struct Merged {
   float top = kLowest, total = 0.f;
   float2 x = {0.f, 0.f};
 
-  __device__ __forceinline__ void add(float2 end, float2 y) {
-    if (end.y == 0.f) return;  // it saw nothing
-    const float higher = fmaxf(top, end.x), mine = exp2_fast(top - higher), theirs = exp2_fast(end.x - higher);
-    top = higher, total = total * mine + end.y * theirs;
-    x = {x.x * mine + y.x * theirs, x.y * mine + y.y * theirs};
+  // Parts, of which those that saw nothing have kLowest and zeros. None waits for another's exponential.
+  template <int Parts>
+  __device__ __forceinline__ void add(const float2 (&ends)[Parts], const float2 (&y)[Parts]) {
+    const float before = top;
+#pragma unroll
+    for (int i = 0; i < Parts; i++) top = fmaxf(top, ends[i].x);
+    const float mine = exp2_fast(before - top);
+    total *= mine, x = {x.x * mine, x.y * mine};
+#pragma unroll
+    for (int i = 0; i < Parts; i++) add_below(ends[i], y[i]);
   }
 
   // A part whose reference maximum is at most `top`.

@@ -73,6 +73,8 @@ struct Dequantize {
   bool interleaved;
 };
 
+constexpr int kMaxCluster = 16;         // blocks
+constexpr int kMergedAtOnce = 16;       // splits of a row, by the kernel that merges those that are no cluster
 constexpr int kMostShared = 227 << 10;  // that a block can have on any GPU
 constexpr int kWideShared = 161 << 10;  // shared memory that a block with head_dim above 128 needs
 
