@@ -51,6 +51,14 @@ def layer_of(**options):
     return make_layer(**{"dtype": torch.float16, "head_dim": 128, "heads": 1, **options})
 
 
+def kernels_of(args) -> set[str]:
+    """Names of the GPU kernels that attention with these arguments launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.pq_attention(*args)
+        torch.cuda.synchronize()
+    return {event.key for event in profile.key_averages()}
+
+
 @pytest.mark.parametrize("past", [0, 1, 4, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000, 3000])
 @pytest.mark.parametrize(
     ("n", "group", "head_dim"),
@@ -104,9 +112,12 @@ def test_dtypes(dtype, group, head_dim):
 
 
 @pytest.mark.parametrize(("head_dim", "group"), [(128, 4), (128, 8), (128, 16), (256, 4), (256, 8)])
-def test_many_splits(head_dim, group):
+def test_many_splits(head_dim, group, device):
     """More than a cluster merges: partial results and the kernel that merges them."""
-    check(layer_of(past=20_000, heads=2, head_dim=head_dim, frame_tokens=2048), group=group)
+    layer = layer_of(past=40_000, heads=2, head_dim=head_dim, frame_tokens=2048)
+    check(layer, group=group)
+    if device == "cuda":
+        assert any("merge" in name for name in kernels_of(layer.attention_args(*layer.new_tokens(1, group))))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +130,7 @@ def test_short_texts_in_a_large_cache(past, recent, head_dim, group, device):
     if device == "cpu":
         pytest.skip("its kernels do not split a row, and the reference decodes the whole cache")
     layer = layer_of(
-        past=past, capacity=20_000, batch=2, heads=2, start=[0, min(past, 200)], recent=recent, head_dim=head_dim
+        past=past, capacity=40_000, batch=2, heads=2, start=[0, min(past, 200)], recent=recent, head_dim=head_dim
     )
     check(layer, group=group)
 
@@ -179,10 +190,7 @@ def test_what_the_other_row_holds(row, device):
 def shapes_of_blocks(args) -> set:
     """Template arguments of the tensor core kernel's launches for these arguments: head_dim, channels of a key's subspace and of a
     value's, query rows, whether tables are narrow, rows of the batch."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        ops.pq_attention(*args)
-        torch.cuda.synchronize()
-    names = [event.key for event in profile.key_averages() if "attend_kernel" in event.key]
+    names = [name for name in kernels_of(args) if "attend_kernel" in name]
     return {tuple(name.split("Shape<")[1].split(">")[0].split(", ")) for name in names}
 
 
