@@ -15,8 +15,9 @@ struct Plan {
 
 // Costs are in tokens of a block of the tensor core kernel with at most 4 query rows, as measured on an H200
 // (cuda/NOTES.md): what a block does before its first token and after its last (start) and its part of the merging
-// (kMerge). If the blocks take all multiprocessors, down to the last two, one waits for what is still there of other
-// kernels (kNoneLeft); with more query rows, whose merging is more work, it helps a cluster to leave some (few_left).
+// (kMerge; in clusters of more than 8 blocks kLargeCluster more). If the blocks take all multiprocessors, down to the
+// last two, one waits for what is still there of other kernels (kNoneLeft); with more query rows, whose merging is more
+// work, it helps a cluster to leave some (few_left).
 struct Cost {
   int rows;
   double start, token, few_left;
