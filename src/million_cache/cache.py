@@ -55,6 +55,12 @@ class KVHandle:
     def __init__(self, layer: MillionLayer | SlidingLayer, new: Tensor, fresh: bool):
         self.layer, self.new, self.fresh = layer, new, fresh
 
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"no {name!r} of keys or values that are codes: the model that called does not run the million attention function, and the config "
+            "that the cache was made with, or a copy of it, says so: enable(model) first, and make the cache with this model"
+        )
+
 
 class MillionLayer(StaticLayer):
     """One full-attention layer: codes, ring and sinks of its keys and values. Tensor shapes: `million_ops.ops`."""
@@ -292,7 +298,8 @@ class SlidingLayer(StaticSlidingWindowLayer):
     """
 
     def __init__(self, max_cache_len: int, window: int, state: CacheState):
-        super().__init__(max_cache_len=max_cache_len, sliding_window=window)  # its max_cache_len is then W
+        with torch.inference_mode(False):  # as `MillionLayer`: it makes a counter
+            super().__init__(max_cache_len=max_cache_len, sliding_window=window)  # its max_cache_len is then W
         self.capacity, self.state = max_cache_len, state
         self.empty = True  # not the state's, which flips in the last quantised layer of a forward
 
@@ -604,7 +611,8 @@ class MillionStaticCache(StaticCache):
             key_states.device.type
         ):  # keys that were rotated are in fp32 there, values are not
             layer = self.layers[layer_idx]
-            dtype = layer.dtype if layer.is_initialized else torch.get_autocast_dtype(key_states.device.type)
+            held = layer if isinstance(layer, MillionLayer) else layer.keys  # as below
+            dtype = held.dtype if layer.is_initialized else torch.get_autocast_dtype(key_states.device.type)
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if layer_idx == 0 and not torch.compiler.is_compiling():
             quantised = self.layers[min(self.state.codebooks.layers)]
@@ -698,7 +706,8 @@ class MillionStaticCache(StaticCache):
                 memo[id(layer.books)] = layer.books
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        with torch.inference_mode(False):  # as `MillionLayer`
+            twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
         for clock in twin.state.clocks:
             clock.mark_static()
         for layer in twin.layers:

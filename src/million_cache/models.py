@@ -40,6 +40,7 @@ REFUSED_TYPES = {
     "mimo_v2_flash": "attention sinks (a learned logit per head) are not part of attention from codes",
     "flint": "attention sinks (a learned logit per head) are not part of attention from codes",
     "diffllama": "it subtracts two attentions over halves of the values, which attention from codes does not do",
+    "doge": "it computes its mask from the values that the cache returns, which are codes",
     "jetmoe": "its experts repeat keys and values between the cache and the attention function",
 }
 

@@ -301,6 +301,40 @@ def test_autocast(model, books, ids, enable_it, dtype):
     assert (got.float() - exact).norm() <= 1.5 * (want.float() - exact).norm()
 
 
+@pytest.mark.parametrize("now", [{}, {"batch_size": 2, "dtype": torch.bfloat16}], ids=["lazily", "at once"])
+def test_autocast_with_sliding_layers(device, ids, now):
+    model = tiny_gemma3().to(device)
+    cache = MillionStaticCache(
+        model.config, lossless_for(model, ids[:, :20], CONFIG), MAX_LEN, **now, **({"device": device} if now else {})
+    )
+    exact = logits(model, ids[:, :20], DynamicCache(config=model.config))
+    enable(model)
+    with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16):
+
+        def run(cache):
+            chunks = (ids[:, :10], ids[:, 10:11], ids[:, 11:20])
+            return torch.cat([model(x, past_key_values=cache).logits for x in chunks], 1)
+
+        got, want = run(cache), run(DynamicCache(config=model.config))
+    assert all(x.keys.dtype == torch.bfloat16 for x in cache.layers if not isinstance(x, MillionLayer))
+    assert (got.float() - exact).norm() <= 1.5 * (want.float() - exact).norm()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3])
+def test_a_cache_made_and_copied_in_inference_mode(device, ids, make):
+    """Both are good outside of it."""
+    model = make().to(device)
+    enable(model)
+    books = lossless_for(model, ids[:, :20], CONFIG)
+    want = logits(model, ids[:, :20], DynamicCache(config=model.config))[:, 10:]
+    with torch.inference_mode():
+        cache = MillionStaticCache(model.config, books, MAX_LEN)
+        model(ids[:, :10], past_key_values=cache)
+        twin = copy.deepcopy(cache)
+    for each in (cache, twin):
+        close(logits(model, ids[:, 10:20], each), want)
+
+
 def test_a_cache_allocated_in_inference_mode(device, ids):
     """Its buffers are written outside of it too, those of sliding layers as well."""
     model = tiny_gemma3().to(device)

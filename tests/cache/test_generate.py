@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from million_cache import MillionStaticCache, PQConfig, disable, enable
 from tests.cache.lossless import RecordingCache, lossless_codebooks
-from tests.cache.tiny_models import tiny_llama
+from tests.cache.tiny_models import tiny_gemma3, tiny_llama
 
 CONFIG = PQConfig(k_subspace_dim=2, v_subspace_dim=4, frame_tokens=8, recent_tokens=4, sink_tokens=2)
 NEW = 20
@@ -304,6 +304,31 @@ def test_without_enable_the_cache_dequantises(model):
     with pytest.warns(UserWarning, match="enable"):
         got = model.generate(ids, past_key_values=cache, disable_compile=True, **GREEDY)
     assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_enabled_model_with_windows_runs_other_caches_as_before(device, padded):
+    """Past its window of 8 tokens too."""
+    model = tiny_gemma3().to(device)
+    ids = prompt(model, 2, 14)
+    mask = left_padding(ids) if padded else torch.ones_like(ids)
+
+    def answers():
+        short = {"attention_mask": mask[:, :5], **GREEDY}
+        static = {"cache_implementation": "static", "disable_compile": True}
+        yield model.generate(ids[:, :5], **short)
+        yield model.generate(ids, attention_mask=mask, **GREEDY)
+        yield model.generate(ids, attention_mask=mask, **static, **GREEDY)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            for end in range(5, 15):  # a mask that covers more than the window
+                begin = 0 if end == 5 else end - 1
+                yield model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+
+    want = list(answers())
+    enable(model)
+    for x, y in zip(answers(), want, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
 
 
 def test_an_enabled_model_runs_other_caches_as_before(model):

@@ -174,6 +174,14 @@ def test_a_copy_of_the_model(enabled_model, ids):
     torch.testing.assert_close(got, forward(enabled_model, ids, MillionStaticCache(enabled_model, books, 32)))
 
 
+def test_a_copy_that_runs_another_attention(enabled_model, ids):
+    """The cache goes by the config that it was made with, which is not the copy's."""
+    twin = copy.deepcopy(enabled_model)
+    twin.set_attn_implementation("sdpa")
+    with pytest.raises(AttributeError, match=r"does not run the million attention function"):
+        forward(twin, ids, MillionStaticCache(enabled_model, random_codebooks(enabled_model, CONFIG), 32))
+
+
 def test_a_compiled_step_after_disable(model, ids):
     """The graph was made for codes: after disable(model) the next step is refused, not run on the old graph."""
     books = random_codebooks(model, CONFIG)

@@ -154,5 +154,6 @@ REFUSED = {
     "BLOOM": (lambda: transformers.BloomConfig(), "ALiBi"),
     "MPT": (lambda: transformers.MptConfig(), "ALiBi"),
     "Falcon with ALiBi": (lambda: transformers.FalconConfig(alibi=True), "ALiBi"),
+    "Doge": (lambda: transformers.DogeConfig(num_hidden_layers=2), "mask"),
     "T5": (lambda: transformers.T5Config(), "encoder-decoder"),
 }
