@@ -25,8 +25,8 @@ struct Cost {
 constexpr Cost kCosts[] = {{4, 1000, 1, 0}, {8, 1250, 1.3, 120}, {16, 1600, 1.75, 120}};
 constexpr double kMerge = 16, kLargeCluster = 150, kNoneLeft = 1400;
 // Splits that are no cluster leave the merging to another kernel, which takes so many of a row at once (kMergeTurn, of
-// which the first is its launch). Its blocks wait on the multiprocessors that no split has, of kThreads each, and what
-// they read then comes through these (kBytes a token's time and multiprocessor).
+// which the first is its launch). Its blocks wait on the multiprocessors that no split has, kThreads threads on each,
+// and what they read then comes through these, kBytes through each in a token's time.
 constexpr double kMergeTurn = 220, kBytes = 200;
 constexpr int64_t kThreads = 2048;
 

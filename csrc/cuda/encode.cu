@@ -526,9 +526,7 @@ __device__ void append_few(const Layer& a) {
 // nor what the ring loses. The kernels after this one wait for it alone, so one block ends last; the others make room.
 __global__ void __launch_bounds__(kThreads) append_few_kernel(const Layer a) {
   append_few(a);
-#if __CUDA_ARCH__ >= 900
   if (blockIdx.x + blockIdx.y + blockIdx.z == 0) wait_for_kernels_before();
-#endif
 }
 
 }  // namespace

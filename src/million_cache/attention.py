@@ -63,9 +63,10 @@ def million_mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offse
         ValueError: the 2-D mask is longer than the cache.
         RuntimeError: see `PaddingCheck.step`.
     """
-    # A window that no token has left yet, so that it is plain causal; a full one of another cache begins later.
-    covers = local_size is not None and local_size >= kv_length > q_length and not isinstance(kv_offset, Tensor)
-    if covers and kv_offset == 0 and not torch.compiler.is_compiling() and _is_sliding_window(mask_function):
+    # A window that no token has left, which is plain causal; another cache's full one begins at a later token.
+    begins = not isinstance(kv_offset, Tensor) and kv_offset == 0
+    covers = begins and local_size is not None and local_size >= kv_length > q_length
+    if covers and not torch.compiler.is_compiling() and _is_sliding_window(mask_function):
         mask_function, local_size = causal_mask_function, None
     static = isinstance(q_offset, Tensor) or kv_length != q_offset + q_length
     if static and local_size is None and attention_mask is not None and attention_mask.shape[1] > kv_length:

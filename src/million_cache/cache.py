@@ -610,20 +610,18 @@ class MillionStaticCache(StaticCache):
         if torch.is_autocast_enabled(
             key_states.device.type
         ):  # keys that were rotated are in fp32 there, values are not
-            layer = self.layers[layer_idx]
-            held = layer if isinstance(layer, MillionLayer) else layer.keys  # as below
-            dtype = held.dtype if layer.is_initialized else torch.get_autocast_dtype(key_states.device.type)
+            held = _held(self.layers[layer_idx])
+            dtype = torch.get_autocast_dtype(key_states.device.type) if held is None else held.dtype
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if layer_idx == 0 and not torch.compiler.is_compiling():
             quantised = self.layers[min(self.state.codebooks.layers)]
-            first = self.layers[0]
-            held = first if isinstance(first, MillionLayer) else first.keys  # None before it is initialised
-            if first.is_initialized and (key_states.dtype, key_states.device) != (held.dtype, held.device):
+            held = _held(self.layers[0])
+            if held is not None and (key_states.dtype, key_states.device) != (held.dtype, held.device):
                 raise ValueError(
                     f"the cache holds {held.dtype} on {held.device}, got {key_states.dtype} on {key_states.device}; nothing was written: give "
                     "MillionStaticCache the model's device= and dtype="
                 )
-            if not first.is_initialized and not self._is_spread():
+            if held is None and not self._is_spread():
                 self._check_memory(key_states.shape[0], key_states.dtype, key_states.device)
             if quantised.is_initialized and key_states.shape[0] != quantised.batch_size:
                 raise ValueError(
@@ -714,6 +712,13 @@ class MillionStaticCache(StaticCache):
             if layer.is_initialized:
                 layer.mark_static() if isinstance(layer, MillionLayer) else _mark_static(layer)
         return twin
+
+
+def _held(layer: CacheLayerMixin) -> MillionLayer | Tensor | None:
+    """What has the dtype and device of a layer's buffers; None before they are allocated."""
+    if not layer.is_initialized:
+        return None
+    return layer if isinstance(layer, MillionLayer) else layer.keys
 
 
 def free_bytes(device: torch.device) -> int | None:

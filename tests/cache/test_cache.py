@@ -276,6 +276,11 @@ def test_padding_that_sees_itself(enabled, books, ids):
     assert cache.state.clocks[0].start.tolist() == [start, start]
 
 
+def in_chunks(model, ids, cache) -> torch.Tensor:
+    """Logits of the first 20 tokens: a prefill, a step and a chunk."""
+    return torch.cat([model(x, past_key_values=cache).logits for x in ids[:, :20].split((10, 1, 9), 1)], 1)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=["lazily", "in fp32"])
 @pytest.mark.parametrize("enable_it", [True, False], ids=["enabled", "dequantised"])
 @pytest.mark.filterwarnings("ignore:attention implementation")
@@ -286,14 +291,9 @@ def test_autocast(model, books, ids, enable_it, dtype):
         enable(model)
     try:
         with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16):
-
-            def run(cache):
-                chunks = (ids[:, :10], ids[:, 10:11], ids[:, 11:20])
-                return torch.cat([model(x, past_key_values=cache).logits for x in chunks], 1)
-
             now = {} if dtype is None else {"batch_size": 2, "device": ids.device, "dtype": dtype}
             cache = MillionStaticCache(model.config, books, MAX_LEN, **now)
-            got, want = run(cache), run(DynamicCache(config=model.config))
+            got, want = (in_chunks(model, ids, x) for x in (cache, DynamicCache(config=model.config)))
         exact = logits(model, ids[:, :20], DynamicCache(config=model.config))
     finally:
         disable(model)
@@ -304,18 +304,12 @@ def test_autocast(model, books, ids, enable_it, dtype):
 @pytest.mark.parametrize("now", [{}, {"batch_size": 2, "dtype": torch.bfloat16}], ids=["lazily", "at once"])
 def test_autocast_with_sliding_layers(device, ids, now):
     model = tiny_gemma3().to(device)
-    cache = MillionStaticCache(
-        model.config, lossless_for(model, ids[:, :20], CONFIG), MAX_LEN, **now, **({"device": device} if now else {})
-    )
+    now = now and {"device": ids.device, **now}
+    cache = MillionStaticCache(model.config, lossless_for(model, ids[:, :20], CONFIG), MAX_LEN, **now)
     exact = logits(model, ids[:, :20], DynamicCache(config=model.config))
     enable(model)
     with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16):
-
-        def run(cache):
-            chunks = (ids[:, :10], ids[:, 10:11], ids[:, 11:20])
-            return torch.cat([model(x, past_key_values=cache).logits for x in chunks], 1)
-
-        got, want = run(cache), run(DynamicCache(config=model.config))
+        got, want = (in_chunks(model, ids, x) for x in (cache, DynamicCache(config=model.config)))
     assert all(x.keys.dtype == torch.bfloat16 for x in cache.layers if not isinstance(x, MillionLayer))
     assert (got.float() - exact).norm() <= 1.5 * (want.float() - exact).norm()
 
